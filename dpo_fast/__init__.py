@@ -1,0 +1,1 @@
+"""dpo_fast: train language models with Direct Preference Optimization, fast."""

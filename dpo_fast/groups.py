@@ -1,0 +1,219 @@
+"""The central data types: preference groups, and the packed batch that a model runs on.
+
+A preference group is a prompt, K ≥ 2 completions and the comparisons between them; a DPO pair is the group with K = 2 and one
+comparison. `pack` lays groups out for one forward pass, in one of two layouts that share everything after the body:
+
+    shared   one row without padding, `[prompt | completion 1 | … | completion K | next prompt | …]`, one copy of each prompt
+    padded   the usual rows `[prompt | completion | padding]`, one a completion; works for every architecture
+
+Shapes: T packed tokens, N score rows, S completions, C comparisons. Built on the host with NumPy, moved to a device once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from dpo_fast_kernels import GatherPlan, PrefixLayout
+from torch import Tensor
+
+Layout = Literal["shared", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceGroup:
+    """One prompt, its completions and what is known about their order.
+
+    Attributes:
+        prompt_ids: token ids that all completions continue; may be empty.
+        completion_ids: token ids of each completion, K of them.
+        comparisons: (winner, loser) pairs of indices into `completion_ids`.
+        comparison_weights: one non-negative weight a comparison.
+        context_lengths: how many leading tokens of each completion are context that is read but not scored. Zero unless
+            truncation from the left cut the completions' prompts differently, so that they no longer share one.
+        ref_logps: reference log-prob of each completion, in nats, where it is known.
+    """
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[Sequence[int]]
+    comparisons: Sequence[tuple[int, int]] = ((0, 1),)
+    comparison_weights: Sequence[float] = (1.0,)
+    context_lengths: Sequence[int] | None = None
+    ref_logps: Sequence[float] | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> PreferenceGroup:
+        """Reads a row of a tokenised dataset (columns named as the attributes)."""
+        return cls(**{field.name: row[field.name] for field in dataclasses.fields(cls) if field.name in row})
+
+    @property
+    def contexts(self) -> Sequence[int]:
+        return self.context_lengths or [0] * len(self.completion_ids)
+
+    def num_tokens(self, layout: Layout = "shared") -> int:
+        """Token positions that this group occupies when it is packed alone."""
+        lengths = [len(ids) for ids in self.completion_ids]
+        if layout == "shared":
+            return len(self.prompt_ids) + sum(lengths)
+        return (len(self.prompt_ids) + max(lengths)) * len(lengths)
+
+
+@dataclass
+class PackedBatch:
+    """Groups laid out for one forward pass.
+
+    Attributes:
+        input_ids, position_ids: int64 [1, T] (shared) or [S, L] (padded). Positions restart after the prompt.
+        prefix: segments for shared-prefix attention (shared), else None.
+        attention_mask: int64 [S, L], 1 on tokens (padded), else None.
+        scores: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
+        targets: int64 [N], the token each score row predicts.
+        cu_scores: int64 [S + 1], where the score rows of each completion begin and end.
+        completion_lengths: int64 [S], completion tokens (without context), the n of length-normalised losses.
+        comparisons: int64 [C, 2], (winner, loser) as indices of completions.
+        comparison_weights: fp32 [C].
+        ref_logps: fp32 [S], or None.
+        num_tokens: token positions that hold a token.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    prefix: PrefixLayout | None
+    attention_mask: Tensor | None
+    scores: GatherPlan
+    targets: Tensor
+    cu_scores: Tensor
+    completion_lengths: Tensor
+    comparisons: Tensor
+    comparison_weights: Tensor
+    ref_logps: Tensor | None
+    num_tokens: int
+
+    def to(self, *args, **kwargs) -> PackedBatch:
+        """Moves every tensor, once; `non_blocking=True` overlaps it with the computation."""
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self, move) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PackedBatch(**{k: move(v) if hasattr(v, "pin_memory") else v for k, v in values.items()})
+
+
+def pack(
+    groups: Sequence[PreferenceGroup],
+    layout: Layout = "shared",
+    pad_token_id: int = 0,
+) -> PackedBatch:
+    """Lays `groups` out for one forward pass.
+
+    Args:
+        groups: at least one; either all or none carry `ref_logps`.
+        layout: `shared` or `padded`, see the module's docstring.
+        pad_token_id: token that fills the rows of the padded layout.
+
+    Raises:
+        ValueError: no groups, or reference log-probs on some groups only.
+    """
+    if not groups:
+        raise ValueError("groups is empty: pack() needs at least one preference group")
+    with_reference = {group.ref_logps is not None for group in groups}
+    if len(with_reference) != 1:
+        raise ValueError("groups: ref_logps is given on some groups and missing on others; give it on all or on none")
+
+    body = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
+    first = np.cumsum([0] + [len(group.completion_ids) for group in groups[:-1]])
+    comparisons = np.concatenate(
+        [np.asarray(group.comparisons, np.int64).reshape(-1, 2) + start for group, start in zip(groups, first, strict=True)]
+    )
+    weights = np.concatenate([np.asarray(group.comparison_weights, np.float32) for group in groups])
+    lengths = [
+        len(ids) - context for group in groups for ids, context in zip(group.completion_ids, group.contexts, strict=True)
+    ]
+    ref_logps = None
+    if groups[0].ref_logps is not None:
+        ref_logps = torch.tensor([logp for group in groups for logp in group.ref_logps], dtype=torch.float32)
+    return PackedBatch(
+        **body,
+        completion_lengths=torch.tensor(lengths, dtype=torch.int64),
+        comparisons=torch.from_numpy(comparisons),
+        comparison_weights=torch.from_numpy(weights),
+        ref_logps=ref_logps,
+    )
+
+
+def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
+    ids, positions, rows, targets, counts = [], [], [], [], []
+    start = 0
+    for group in groups:
+        prompt_length = len(group.prompt_ids)
+        ids.append(np.asarray(group.prompt_ids, np.int64))
+        positions.append(np.arange(prompt_length))
+        last_prompt_row = start + prompt_length - 1
+        start += prompt_length
+        for completion, context in zip(group.completion_ids, group.contexts, strict=True):
+            completion = np.asarray(completion, np.int64)
+            first = _first_scored(prompt_length, context)
+            predicting = np.arange(start + first - 1, start + len(completion) - 1)
+            if first == 0:
+                predicting[:1] = last_prompt_row
+            ids.append(completion)
+            positions.append(np.arange(prompt_length, prompt_length + len(completion)))
+            rows.append(predicting)
+            targets.append(completion[first:])
+            counts.append(len(predicting))
+            start += len(completion)
+    lengths = [(len(group.prompt_ids), *map(len, group.completion_ids)) for group in groups]
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "prefix": PrefixLayout.build(lengths),
+        "attention_mask": None,
+        "num_tokens": start,
+        **_scores(rows, targets, counts),
+    }
+
+
+def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> dict[str, Any]:
+    sequences = [
+        (len(group.prompt_ids), context, np.asarray([*group.prompt_ids, *completion], np.int64))
+        for group in groups
+        for completion, context in zip(group.completion_ids, group.contexts, strict=True)
+    ]
+    width = max(len(ids) for _, _, ids in sequences)
+    input_ids = np.full((len(sequences), width), pad_token_id, np.int64)
+    mask = np.zeros_like(input_ids)
+    rows, targets, counts = [], [], []
+    for row, (prompt_length, context, ids) in enumerate(sequences):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        first = prompt_length + _first_scored(prompt_length, context)
+        rows.append(np.arange(first - 1, len(ids) - 1) + row * width)
+        targets.append(ids[first:])
+        counts.append(len(ids) - first)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.arange(width).expand(len(sequences), width).contiguous(),
+        "prefix": None,
+        "attention_mask": torch.from_numpy(mask),
+        "num_tokens": int(mask.sum()),
+        **_scores(rows, targets, counts),
+    }
+
+
+def _first_scored(prompt_length: int, context: int) -> int:
+    """Index of a completion's first scored token: nothing predicts the very first token of a sequence."""
+    return max(context, 0 if prompt_length else 1)
+
+
+def _scores(rows: list[np.ndarray], targets: list[np.ndarray], counts: list[int]) -> dict[str, Any]:
+    return {
+        "scores": GatherPlan.build(np.concatenate(rows)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+        "cu_scores": torch.from_numpy(np.cumsum([0, *counts])),
+    }

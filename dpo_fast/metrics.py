@@ -1,0 +1,99 @@
+"""Metrics that stay on the device until they are logged.
+
+A step adds tensors; nothing is read back before `reduce`. The value of a metric is the mean over batches of its mean within
+a batch, as TRL logs it; a batch that was split into packs counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dpo_fast.forward import PackedOutput
+from dpo_fast.groups import PackedBatch
+
+
+def batch_metrics(
+    output: PackedOutput,
+    packed: PackedBatch,
+    rewards: Tensor,  # [S]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(numerator, denominator) of every metric over one pack; numerators and denominators of packs add up.
+
+    Rewards, log-probs and accuracies are means over comparisons, weighted. Entropy is a mean over all score rows, logits and
+    token accuracy over those of winners and losers; a completion that wins or loses several comparisons counts each time.
+    """
+    winners, losers = packed.comparisons.unbind(1)
+    weights = packed.comparison_weights
+    total = weights.sum()
+    margins = rewards[winners] - rewards[losers]
+
+    def mean(values: Tensor) -> tuple[Tensor, Tensor]:
+        return (values * weights).sum(), total
+
+    metrics = {
+        "rewards/chosen": mean(rewards[winners]),
+        "rewards/rejected": mean(rewards[losers]),
+        "rewards/accuracies": mean((margins > 0).float()),
+        "rewards/margins": mean(margins),
+        "logps/chosen": mean(output.logps[winners]),
+        "logps/rejected": mean(output.logps[losers]),
+    }
+    if output.entropy is not None:
+        offsets = packed.cu_scores
+        tokens = offsets.diff().float()
+        logits = _sequence_sums(output.mean_logit, offsets)
+        top1 = _sequence_sums(output.is_top1.float(), offsets)
+
+        def token_mean(sums: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+            return (sums[side] * weights).sum(), (tokens[side] * weights).sum()
+
+        metrics |= {
+            "entropy": (output.entropy.sum(), tokens.sum()),
+            "logits/chosen": token_mean(logits, winners),
+            "logits/rejected": token_mean(logits, losers),
+            "mean_token_accuracy": token_mean(top1, winners),
+        }
+    if output.aux_loss is not None:
+        metrics["aux_loss"] = (output.aux_loss, torch.ones_like(output.aux_loss))
+    return {name: (numerator.detach(), denominator) for name, (numerator, denominator) in metrics.items()}
+
+
+def _sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+
+
+class MetricAccumulator:
+    """Collects metrics over batches; every value is a device scalar."""
+
+    def __init__(self) -> None:
+        self._batch: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Adds one pack to the current batch."""
+        for name, (numerator, denominator) in metrics.items():
+            if name in self._batch:
+                numerator, denominator = self._batch[name][0] + numerator, self._batch[name][1] + denominator
+            self._batch[name] = (numerator, denominator)
+
+    def end_batch(self) -> None:
+        """Closes the current batch: its means join the running sums."""
+        for name, (numerator, denominator) in self._batch.items():
+            mean = numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+        self._batches += bool(self._batch)
+        self._batch = {}
+
+    def reduce(self, gather=lambda values: values[None]) -> dict[str, float]:
+        """Means over the batches since the last call, in one transfer to the host; `gather` stacks ranks to [ranks, metrics]."""
+        if not self._batches:
+            return {}
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name].float() for name in names]) / self._batches
+        values = gather(means).mean(dim=0).tolist()
+        self._sums, self._batches = {}, 0
+        return dict(zip(names, values, strict=True))

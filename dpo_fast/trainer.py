@@ -1,0 +1,408 @@
+"""DPOTrainer: preference optimization on transformers.Trainer.
+
+Everything around the step (checkpoints, resume, logging, callbacks, schedulers, engines) is transformers' and accelerate's. The
+step itself: a batch of groups becomes packs under a token budget, each pack runs forward and backward once, and the loss is
+divided by what the whole optimizer step holds, so gradients do not depend on how the step was cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from dpo_fast_kernels import attention_backend
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from dpo_fast.attention import use_shared_prefix
+from dpo_fast.cache_dir import cache_dir
+from dpo_fast.config import DPOConfig
+from dpo_fast.data import DataSummary, prepare_dataset
+from dpo_fast.forward import PackedOutput, add_dpo_forward
+from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.head import head_of
+from dpo_fast.losses import Comparisons, LossParameters, preference_loss
+from dpo_fast.metrics import MetricAccumulator, batch_metrics
+from dpo_fast.models import load_model, prepare_peft
+from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
+from dpo_fast.sampler import split_by_tokens
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DPOCollator:
+    """Rows of a tokenised dataset → the packs of a batch.
+
+    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, fp32 [2]: the sum of comparison
+    weights, and of weight × scored winner tokens, over the batch.
+    """
+
+    layout: Layout = "shared"
+    max_tokens: int | None = None
+    pad_token_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        groups = [PreferenceGroup.from_row(row) for row in rows]
+        costs = [group.num_tokens(self.layout) for group in groups]
+        packs = [pack(part, self.layout, self.pad_token_id) for part in split_by_tokens(groups, costs, self.max_tokens)]
+        return {"packs": packs, "totals": sum(_totals(packed) for packed in packs)}
+
+
+def _totals(packed: PackedBatch) -> Tensor:
+    weights = packed.comparison_weights
+    winner_tokens = packed.cu_scores.diff()[packed.comparisons[:, 0]]
+    return torch.stack([weights.sum(), (weights * winner_tokens).sum()])
+
+
+class DPOTrainer(Trainer):
+    """Trains a causal language model on preferences, with the parameters of TRL's trainer.
+
+    Args:
+        model: a name or path, or a loaded model; a `PeftModel` goes on training its adapter.
+        ref_model: the frozen reference; None is the policy as it is before training (for a new adapter: without it). It
+            is used for one pass up front and not kept.
+        args: a `DPOConfig`.
+        data_collator: replaces `DPOCollator`; takes tokenised rows, returns a dict as `DPOCollator` does.
+        train_dataset: rows in any format of `dpo_fast.data`.
+        eval_dataset: likewise, or a dict of datasets.
+        processing_class: the tokenizer; None loads the model's.
+        compute_metrics: gets the rewards (β(ℓ − ℓ_ref)) of winner and loser, [comparisons, 2], as predictions, and the
+            comparisons' weights as labels.
+        callbacks, optimizers: as for `transformers.Trainer`.
+        quantization_config: for loading `model` by name.
+        peft_config: trains an adapter of this kind instead of the whole model.
+
+    Raises:
+        ValueError: an argument or the data cannot be used; the message names it, and nothing has been trained.
+    """
+
+    # The loss is divided by the totals of the optimizer step, over all its micro-batches.
+    loss_is_scaled_for_ga = True
+    _tag_names = ["dpo_fast", "dpo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: Any | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or "model"
+            args = DPOConfig(output_dir=f"{Path(name).name}-DPO")
+        if train_dataset is None:
+            raise ValueError("train_dataset is None; pass a dataset of preferences")
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
+        set_seed(args.seed)  # adapters are initialised at random
+        model = load_model(model, args, quantization_config)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                model.config._name_or_path,
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=args.trust_remote_code,
+            )
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+
+        self.data_summaries: dict[str, DataSummary] = {}
+        self._tokenizer, self._config = processing_class, args
+        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        train_dataset = self._tokenized(train_dataset, "train")
+        eval_dataset = _map_datasets(eval_dataset, self._tokenized)
+
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._new_adapter = peft_config is not None
+        self.layout = _prepare_forward(base, args.layout)
+        model = prepare_peft(model, peft_config, args)
+        self._aux_loss_weight = _aux_loss_weight(base, args.router_aux_loss_coef)
+        for part in (model, ref_model) if args.disable_dropout else ():
+            _disable_dropout(part)
+        head_of(base)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or DPOCollator(self.layout, args.max_tokens_per_micro_batch, processing_class.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share out; start with "
+                "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
+        self._loss_parameters = LossParameters(beta=args.beta, label_smoothing=args.label_smoothing)
+        self._loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
+        self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
+        self._num_tokens = 0
+        self.model.add_model_tags(self._tag_names)
+
+        self._store: ReferenceStore | None = None
+        with args.main_process_first(local=False, desc="reference log-probs"):
+            self.train_dataset = self._with_reference(self.train_dataset, "train", ref_model)
+            self.eval_dataset = _map_datasets(
+                self.eval_dataset, lambda dataset, name: self._with_reference(dataset, name, ref_model)
+            )
+
+    # ---- data and reference ----
+
+    def _tokenized(self, dataset: Dataset, name: str) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"the {name} dataset is an IterableDataset; load it without streaming")
+        args = self._config
+        with args.main_process_first(local=False, desc=f"tokenizing {name}"):
+            dataset, summary = prepare_dataset(
+                dataset,
+                self._tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                group_by_prompt=args.group_by_prompt,
+                vocab_size=self._vocab_size,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+        self.data_summaries[name] = summary
+        logger.info("%s: %s", name, summary)
+        return dataset
+
+    def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
+        """Adds the reference log-probs of `dataset`, from the store where it has them."""
+        if "ref_logps" in dataset.column_names:
+            return dataset
+        if self._store is None:
+            self._store = self._open_store(ref_model)
+        model = self.model if ref_model is None else ref_model.to(self.args.device)
+        if ref_model is not None:
+            self._prepare_reference(ref_model)
+        without_adapter = ref_model is None and self._new_adapter
+        context = model.disable_adapter() if without_adapter else contextlib.nullcontext()
+        was_training = model.training
+        model.eval()
+
+        def score(packed: PackedBatch) -> Tensor:
+            with torch.no_grad(), self.accelerator.autocast():
+                return model(packed=packed.to(self.args.device)).token_logps
+
+        with context:
+            dataset = with_reference_logps(
+                dataset, self._store, score, layout=self.layout, max_tokens=self.args.max_tokens_per_micro_batch, name=name
+            )
+        model.train(was_training)
+        return dataset
+
+    def _open_store(self, ref_model: PreTrainedModel | None) -> ReferenceStore:
+        model = ref_model if ref_model is not None else self.model
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        dtype = mixed or next(model.parameters()).dtype
+        backend = attention_backend(self.args.device, dtype)[0] if self.layout == "shared" else model.config._attn_implementation
+        description = reference_description(
+            model,
+            adapters=ref_model is not None or not self._new_adapter,
+            dtype=dtype,
+            attention=f"{self.layout}/{backend}",
+        )
+        return ReferenceStore(Path(self.args.reference_cache_dir or cache_dir() / "reference"), description)
+
+    def _prepare_reference(self, ref_model: PreTrainedModel) -> None:
+        base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
+        if base.get_input_embeddings().weight.shape[0] < self._vocab_size:
+            raise ValueError(
+                f"ref_model has {base.get_input_embeddings().weight.shape[0]} token embeddings and model has "
+                f"{self._vocab_size}; use a reference with the same tokenizer"
+            )
+        _prepare_forward(base, self.layout)
+
+    # ---- the step ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = None
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
+        if not batch_samples:
+            return None
+        totals = sum(batch["totals"] for batch in batch_samples).to(device)
+        return self.accelerator.gather(totals[None]).sum(dim=0)
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+        packs = inputs["packs"]
+        loss = 0.0
+        for index, packed in enumerate(packs):
+            last = index == len(packs) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, {"packs": [packed]}, num_items_in_batch)
+        self._metrics["train"].end_batch()
+        self._num_tokens += sum(packed.num_tokens for packed in packs)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        totals = inputs["totals"] if num_items_in_batch is None else num_items_in_batch
+        loss, outputs = 0.0, []
+        for packed in inputs["packs"]:
+            packed = packed.to(self.args.device)
+            output = model(
+                packed=packed,
+                statistics=self.args.log_completion_statistics,
+                aux_loss=self._aux_loss_weight != 0,
+            )
+            loss = loss + self._pack_loss(output, packed, totals.to(self.args.device))
+            outputs.append((packed, self._record(output, packed)))
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # engines average over ranks, the totals are sums over ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def _pack_loss(self, output: PackedOutput, packed: PackedBatch, totals: Tensor) -> Tensor:
+        winners, losers = packed.comparisons.unbind(1)
+        ref_logps = torch.zeros_like(output.logps) if packed.ref_logps is None else packed.ref_logps
+        losses = preference_loss(
+            Comparisons(
+                winner_logps=output.logps[winners],
+                loser_logps=output.logps[losers],
+                winner_ref_logps=ref_logps[winners],
+                loser_ref_logps=ref_logps[losers],
+                winner_lengths=packed.completion_lengths[winners],
+                loser_lengths=packed.completion_lengths[losers],
+                mean_winner_tokens=totals[1] / totals[0],
+            ),
+            self.args.loss_type,
+            self._loss_weights,
+            self._loss_parameters,
+        )
+        loss = (losses * packed.comparison_weights).sum() / totals[0]
+        if output.aux_loss is not None:
+            share = packed.comparison_weights.sum() / totals[0]
+            loss = loss + self._aux_loss_weight * share * output.aux_loss
+        return loss
+
+    def _record(self, output: PackedOutput, packed: PackedBatch) -> Tensor:
+        rewards = self.args.beta * (output.logps.detach() - packed.ref_logps)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].add(batch_metrics(output, packed, rewards))
+        return rewards
+
+    # ---- evaluation, logging ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self._metrics["eval"].end_batch()
+        if prediction_loss_only:
+            return loss, None, None
+        rewards = torch.cat([rewards[packed.comparisons] for packed, rewards in outputs])
+        return loss, rewards, torch.cat([packed.comparison_weights for packed, _ in outputs])
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Like `Trainer.evaluate`; a new dataset in any preference format is tokenised and gets its reference log-probs.
+
+        Raises:
+            ValueError: training has started and the untrained policy, which is the reference, is gone; pass the dataset
+                to the constructor instead.
+        """
+        if isinstance(eval_dataset, Dataset | dict):
+            eval_dataset = _map_datasets(eval_dataset, self._prepare_held_out)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepare_held_out(self, dataset: Dataset, name: str) -> Dataset:
+        if "ref_logps" in dataset.column_names:
+            return dataset
+        dataset = self._tokenized(dataset, name)
+        if self.state.global_step and not self._new_adapter and "ref_logps" not in dataset.column_names:
+            raise ValueError(
+                f"eval_dataset {name!r} has no reference log-probs, and the reference (the policy before training) is "
+                "gone; give the dataset to DPOTrainer(eval_dataset=…) instead"
+            )
+        return self._with_reference(dataset, name)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode].reduce(lambda values: self.accelerator.gather(values[None]))
+        if mode == "train":
+            metrics["num_tokens"] = float(self._num_tokens)
+        logs.update({f"eval_{name}": value for name, value in metrics.items()} if mode == "eval" else metrics)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """6 FLOP a parameter and token, for transformers' log of the total."""
+        return 6 * self._num_parameters * sum(packed.num_tokens for packed in inputs["packs"])
+
+    @property
+    def _num_parameters(self) -> int:
+        if not hasattr(self, "_parameter_count"):
+            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        return self._parameter_count
+
+
+def _map_datasets(datasets: Dataset | dict[str, Dataset] | None, function: Callable[[Dataset, str], Dataset]):
+    if isinstance(datasets, dict):
+        return {name: function(dataset, name) for name, dataset in datasets.items()}
+    return None if datasets is None else function(datasets, "eval")
+
+
+def _prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
+    """Extends the model's forward and settles its layout; `auto` says once why it took `padded`."""
+    add_dpo_forward(base)
+    if layout == "padded":
+        return "padded"
+    try:
+        use_shared_prefix(base)
+    except ValueError as error:
+        if layout == "shared":
+            raise
+        logger.warning("layout='auto' takes 'padded' for this model. %s", error)
+        return "padded"
+    return "shared"
+
+
+def _disable_dropout(model: nn.Module | None) -> None:
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:
+    """Weight of the load-balancing loss: 0 unless the model is a mixture of experts that returns its router logits."""
+    config = base.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if coefficient:
+            raise ValueError(
+                f"router_aux_loss_coef is {coefficient}, but {type(base).__name__} returns no router logits; leave it out"
+            )
+        return 0.0
+    return getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

@@ -1,0 +1,178 @@
+"""The packed, shared-prefix forward computes what the usual padded one computes: log-probs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_fast.attention import ATTENTION_NAME, sharing_obstacle, use_shared_prefix
+from dpo_fast.forward import add_dpo_forward
+from dpo_fast.groups import PreferenceGroup, pack
+
+TOLERANCE = 1e-5
+
+
+def random_ids(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+
+def random_groups(seed: int = 0) -> list[PreferenceGroup]:
+    """A pair, a group of three with a one-token prompt and a one-token completion, and a pair with a long prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(11, (9, 14)), (1, (1, 13, 4)), (17, (3, 2))]
+    return [
+        PreferenceGroup(random_ids(prompt, generator), [random_ids(n, generator) for n in completions])
+        for prompt, completions in shapes
+    ]
+
+
+def run(model, groups, layout):
+    """Token log-probs, sequence log-probs and gradients of a fixed random combination of the sequence log-probs."""
+    model.zero_grad()
+    output = model(packed=pack(groups, layout))
+    coefficients = torch.randn(output.logps.shape, generator=torch.Generator().manual_seed(7))
+    (output.logps * coefficients).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.token_logps.detach(), output.logps.detach(), gradients
+
+
+def assert_same_results(model, groups=None):
+    """Padded rows under the model's own attention against one packed row."""
+    groups = groups or random_groups()
+    token_logps, logps, gradients = run(model, groups, "padded")
+    use_shared_prefix(model.get_base_model() if hasattr(model, "peft_config") else model)
+    shared_token_logps, shared_logps, shared_gradients = run(model, groups, "shared")
+    assert (shared_token_logps - token_logps).abs().max() <= TOLERANCE
+    assert (shared_logps - logps).abs().max() <= TOLERANCE * 14
+    assert gradients.keys() == shared_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (shared_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-8)
+        assert error <= TOLERANCE, f"{name}: relative error {error:.2e}"
+    return gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_equals_padded(family):
+    model = tiny_model(family)
+    add_dpo_forward(model)
+    gradients = assert_same_results(model)
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if name.endswith("q_proj.weight"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_equals_the_models_own_logits(family):
+    """Bias, softcap and scale of the head, against the logits that the model itself computes."""
+    model = tiny_model(family)
+    add_dpo_forward(model)
+    (group,) = random_groups()[:1]
+    packed = pack([group], "padded")
+    logits = model(input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False).logits
+    expected = logits.flatten(0, 1)[packed.scores.index].log_softmax(-1)
+    output = model(packed=packed, statistics=True)
+    assert torch.allclose(output.token_logps, expected.gather(1, packed.targets[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(output.entropy, -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert torch.allclose(output.mean_logit, logits.flatten(0, 1)[packed.scores.index].mean(-1), atol=1e-5)
+    assert torch.equal(output.is_top1, expected.argmax(-1) == packed.targets)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_with_gradient_checkpointing(family):
+    model = tiny_model(family)
+    add_dpo_forward(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert_same_results(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+def test_with_lora(family):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(family)
+    add_dpo_forward(model)
+    targets = "all-linear" if family == "gpt_neox" else ["q_proj", "v_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    gradients = assert_same_results(model)
+    assert gradients and all("lora" in name for name in gradients)
+
+
+def test_one_group_does_not_see_another():
+    model = tiny_model("llama")
+    add_dpo_forward(model)
+    use_shared_prefix(model)
+    groups = random_groups()
+    together = model(packed=pack(groups)).token_logps
+    alone = torch.cat([model(packed=pack([group])).token_logps for group in groups])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_repeated_prompts_and_context_agree_with_a_shared_prompt():
+    """A prompt given as each completion's context scores the same tokens."""
+    model = tiny_model("llama")
+    add_dpo_forward(model)
+    use_shared_prefix(model)
+    (group,) = random_groups()[:1]
+    copies = [[*group.prompt_ids, *ids] for ids in group.completion_ids]
+    unshared = PreferenceGroup([], copies, context_lengths=[len(group.prompt_ids)] * 2)
+    shared, separate = model(packed=pack([group])), model(packed=pack([unshared]))
+    assert torch.allclose(shared.token_logps, separate.token_logps, atol=1e-6)
+
+
+def test_generation_is_untouched():
+    model = tiny_model("llama")
+    prompt = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    before = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    add_dpo_forward(model)
+    use_shared_prefix(model)
+    assert model.config._attn_implementation == ATTENTION_NAME
+    after = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", UNSHAREABLE)
+def test_layers_that_are_not_attention_are_refused_and_work_padded(family):
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match="layout='padded'"):
+        use_shared_prefix(model)
+    add_dpo_forward(model)
+    groups = random_groups()
+    together = model(packed=pack(groups, "padded")).token_logps
+    alone = torch.cat([model(packed=pack([group], "padded")).token_logps for group in groups])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_bidirectional_attention_is_found_by_the_check_on_tokens():
+    """No field of the configuration gives this one away: only running it does."""
+    config = AutoConfig.for_model(
+        "bert", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert sharing_obstacle(model) is None
+    with pytest.raises(ValueError, match="came out different"):
+        use_shared_prefix(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gpt_oss", "sink"), ("llama4_text", "chunked"), ("bloom", "AttentionInterface"), ("jamba", "state")],
+)
+def test_sharing_obstacles_are_named(model_type, reason):
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert reason in sharing_obstacle(model)
+
+
+def test_load_balancing_loss_counts_a_prompt_once_for_every_completion():
+    model = tiny_model("mixtral")
+    add_dpo_forward(model)
+    padded = model(packed=pack(random_groups(), "padded"), aux_loss=True).aux_loss
+    use_shared_prefix(model)
+    shared = model(packed=pack(random_groups(), "shared"), aux_loss=True).aux_loss
+    assert shared.item() == pytest.approx(padded.item(), rel=1e-5)
