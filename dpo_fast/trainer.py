@@ -163,7 +163,7 @@ class DPOTrainer(Trainer):
         self._loss_parameters = LossParameters(beta=args.beta, label_smoothing=args.label_smoothing)
         self._loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
-        self._num_tokens = 0
+        self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
 
         self._store: ReferenceStore | None = None
@@ -261,7 +261,7 @@ class DPOTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, {"packs": [packed]}, num_items_in_batch)
         self._metrics["train"].end_batch()
-        self._num_tokens += sum(packed.num_tokens for packed in packs)
+        self._new_tokens += sum(packed.num_tokens for packed in packs)
         return loss
 
     def compute_loss(
@@ -352,9 +352,20 @@ class DPOTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode].reduce(lambda values: self.accelerator.gather(values[None]))
         if mode == "train":
-            metrics["num_tokens"] = float(self._num_tokens)
+            self._count_tokens()
+            metrics["num_tokens"] = self.state.num_input_tokens_seen
         logs.update({f"eval_{name}": value for name, value in metrics.items()} if mode == "eval" else metrics)
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        """Adds the tokens of all ranks to the trainer's state, which checkpoints keep; a prompt counts once a group."""
+        new_tokens = torch.tensor([self._new_tokens], device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(new_tokens).sum())
+        self._new_tokens = 0
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        self._count_tokens()
+        super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 FLOP a parameter and token, for transformers' log of the total."""

@@ -1,0 +1,342 @@
+"""The trainer: gradients that do not depend on how a step is cut, exact resume, references computed once, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from families import VOCAB, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.forward import PackedOutput
+from dpo_fast.trainer import DPOTrainer
+
+
+def words(count: int, generator: torch.Generator) -> str:
+    return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (count,), generator=generator).tolist())
+
+
+def pairs(count: int = 16, seed: int = 0) -> Dataset:
+    """Rows of text whose lengths differ a lot."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 14, (count, 3), generator=generator).tolist()
+    columns = zip(*([words(n, generator) for n in row] for row in lengths), strict=True)
+    rows = dict(zip(("prompt", "chosen", "rejected"), columns, strict=True))
+    return Dataset.from_dict({name: [f" {text}" if name != "prompt" else text for text in v] for name, v in rows.items()})
+
+
+def ranked(count: int = 8, seed: int = 0) -> Dataset:
+    """K = 3 or 4 completions a prompt with scores, some of them tied."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        completions = [" " + words(3 + 2 * k, generator) for k in range(3 + index % 2)]
+        scores = torch.randint(0, 3, (len(completions) - 1,), generator=generator).tolist()
+        rows.append({"prompt": words(4 + index, generator), "completions": completions, "scores": [3.0, *scores]})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(tmp_path: Path, dataset: Dataset | None = None, *, model=None, **options) -> DPOTrainer:
+    trainer_options = {name: options.pop(name) for name in ("eval_dataset", "peft_config", "ref_model") if name in options}
+    args = DPOConfig(
+        **{
+            "output_dir": str(tmp_path / "out"),
+            "reference_cache_dir": str(tmp_path / "reference"),
+            "use_cpu": True,
+            "report_to": [],
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "max_length": 64,
+            **options,
+        }
+    )
+    return DPOTrainer(
+        model=model or tiny_model("llama"),
+        args=args,
+        train_dataset=pairs() if dataset is None else dataset,
+        processing_class=tiny_tokenizer(),
+        **trainer_options,
+    )
+
+
+def trained(trainer: DPOTrainer, **options) -> dict[str, torch.Tensor]:
+    trainer.train(**options)
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def logged(trainer: DPOTrainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        error = (a[name] - b[name]).abs().max().item()
+        assert error <= tolerance, f"{name} differs by {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path, layout):
+    trainer = make_trainer(tmp_path, layout=layout, max_steps=20)
+    trained(trainer)
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert sum(losses[-4:]) / 4 < 0.6
+    assert logged(trainer, "rewards/accuracies")[-1] > 0.9
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["hinge"], ["ipo"], ["sft"], ["sigmoid", "sft"]])
+@pytest.mark.parametrize("dataset", [pairs, ranked])
+def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, loss_type, dataset):
+    """Whole batch = packs under a token bound = gradient accumulation, for pairs and for K-way groups."""
+    cuts = {
+        "whole": {},
+        "packs": {"max_tokens_per_micro_batch": 45},
+        "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        "both": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_tokens_per_micro_batch": 45,
+        },
+    }
+    weights, losses, norms = {}, {}, {}
+    for name, options in cuts.items():
+        # SGD: Adam would hide the scale of a gradient.
+        trainer = make_trainer(tmp_path, dataset(), loss_type=loss_type, optim="sgd", learning_rate=0.05, **options)
+        weights[name] = trained(trainer)
+        losses[name], norms[name] = logged(trainer, "loss"), logged(trainer, "grad_norm")
+    for name in cuts:
+        assert_same_weights(weights["whole"], weights[name], 2e-6)
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-5, abs=1e-6)
+        assert norms[name] == pytest.approx(norms["whole"], rel=1e-4)
+
+
+def test_a_group_equals_its_expanded_pairs(tmp_path):
+    """One group of K completions gives the loss and gradient of its comparisons as separate rows."""
+    row = {"prompt": "w5 w6 w7", "completions": [" w8 w9", " w10", " w11 w12 w13", " w14 w15"], "scores": [4, 3, 2, 1]}
+    order = [(w, lo) for w in range(4) for lo in range(w + 1, 4)]
+    expanded = [
+        {"prompt": row["prompt"], "chosen": row["completions"][w], "rejected": row["completions"][lo]} for w, lo in order
+    ]
+    options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 1}
+    group = trained(make_trainer(tmp_path, Dataset.from_list([row]), per_device_train_batch_size=1, **options))
+    separate = trained(make_trainer(tmp_path, Dataset.from_list(expanded), per_device_train_batch_size=6, **options))
+    merged = make_trainer(
+        tmp_path, Dataset.from_list(expanded), per_device_train_batch_size=6, group_by_prompt=True, **options
+    )
+    assert_same_weights(group, separate, 1e-6)
+    assert_same_weights(group, trained(merged), 1e-6)
+    assert len(merged.train_dataset) == 1
+
+
+def test_resume_is_exact(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, **options)
+    expected = trained(whole)
+    resumed = make_trainer(tmp_path, **options)
+    weights = trained(resumed, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert logged(resumed, "loss")[3:] == logged(whole, "loss")[3:]
+    assert logged(resumed, "num_tokens")[-1] == logged(whole, "num_tokens")[-1]
+
+
+def count_forwards(trainer_module, monkeypatch) -> list:
+    calls = []
+    original = trainer_module._packed_forward
+    monkeypatch.setattr(trainer_module, "_packed_forward", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+def test_references_are_computed_once_and_only_what_is_missing(tmp_path, monkeypatch):
+    from dpo_fast import forward
+
+    calls = count_forwards(forward, monkeypatch)
+    make_trainer(tmp_path, pairs(9).select(range(6)))
+    assert len(calls) == 1
+    again = make_trainer(tmp_path, pairs(9).select(range(6)), beta=0.3, learning_rate=1e-5, seed=3)
+    assert len(calls) == 1, "same weights and rows: nothing to compute"
+    more = make_trainer(tmp_path, pairs(9))
+    assert len(calls) == 2
+    assert len(calls[1][1].completion_lengths) <= 2 * 9
+    for row, other in zip(again.train_dataset, more.train_dataset, strict=False):
+        assert row["ref_logps"] == other["ref_logps"]
+    make_trainer(tmp_path, pairs(9).select(range(6)), model=tiny_model("llama", seed=5))
+    assert len(calls) == 3, "other weights: another reference"
+
+
+def test_an_adapter_shares_the_references_of_its_base_model(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    from dpo_fast import forward
+
+    calls = count_forwards(forward, monkeypatch)
+    full = make_trainer(tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = make_trainer(tmp_path, peft_config=config)
+    assert len(calls) == 1
+    assert lora.train_dataset["ref_logps"] == full.train_dataset["ref_logps"]
+    weights = trained(lora)
+    assert weights and all("lora" in name for name in weights)
+    assert logged(lora, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    held_out = lora.evaluate(pairs(4, seed=9))
+    assert math.isfinite(held_out["eval_loss"])
+    lora.save_model(str(tmp_path / "adapter"))
+    base = tiny_model("llama")
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).state_dict()
+    saved = lora.model.state_dict()
+    assert all(torch.equal(loaded[name], saved[name]) for name in loaded if "lora" in name)
+
+
+def test_an_explicit_reference_is_used(tmp_path):
+    reference = tiny_model("llama", seed=4)
+    trainer = make_trainer(tmp_path, ref_model=reference, max_steps=1)
+    own = make_trainer(tmp_path / "own")
+    assert trainer.train_dataset["ref_logps"] != own.train_dataset["ref_logps"]
+    trained(trainer)
+    assert logged(trainer, "loss")[0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_damaged_part_is_set_aside_and_recomputed(tmp_path, caplog):
+    first = make_trainer(tmp_path)
+    (part,) = (tmp_path / "reference").glob("*/part-*.parquet")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    second = make_trainer(tmp_path)
+    assert "does not match its checksum" in caplog.text
+    assert part.with_suffix(".damaged").exists() and part.exists()
+    assert second.train_dataset["ref_logps"] == first.train_dataset["ref_logps"]
+
+
+def test_evaluation_reports_the_loss_and_metrics_of_the_held_out_rows(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=pairs(7, seed=2), eval_strategy="steps", eval_steps=3, max_steps=6)
+    trained(trainer)
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(rows) == 2
+    expected = {"loss", "entropy", "mean_token_accuracy", *(f"logits/{side}" for side in ("chosen", "rejected"))}
+    expected |= {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+    expected |= {"logps/chosen", "logps/rejected"}
+    assert {f"eval_{name}" for name in expected} <= rows[0].keys()
+    predictions = trainer.predict(trainer.eval_dataset)
+    margins = predictions.predictions[:, 0] - predictions.predictions[:, 1]
+    assert rows[1]["eval_rewards/margins"] == pytest.approx(margins.mean(), rel=0.3)
+    assert rows[1]["eval_loss"] == pytest.approx(-torch.tensor(margins).sigmoid().log().mean().item(), rel=0.05)
+
+
+def test_a_dataset_that_comes_after_training_started_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = trainer.evaluate(pairs(4, seed=8))
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trained(trainer)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.evaluate(pairs(4, seed=9))
+
+
+def test_the_saved_model_is_an_ordinary_one(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trained(trainer)
+    trainer.save_model(str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "dpo_fast" not in json.dumps(config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.config._attn_implementation == "sdpa"
+    for (name, a), b in zip(loaded.named_parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_mixture_of_experts_logs_its_load_balancing_loss(tmp_path):
+    model = tiny_model("mixtral", router_aux_loss_coef=0.02)
+    trainer = make_trainer(tmp_path, model=model, max_steps=1)
+    trained(trainer)
+    (aux_loss,) = logged(trainer, "aux_loss")
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2) + 0.02 * aux_loss, abs=1e-5)
+
+
+def test_models_that_cannot_share_prompts_train_padded_and_say_so(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, model=tiny_model("mamba"), max_steps=2)
+    assert trainer.layout == "padded" and "takes 'padded'" in caplog.text
+    trained(trainer)
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(ValueError, match="recurrent state"):
+        make_trainer(tmp_path, model=tiny_model("mamba"), layout="shared")
+
+
+def test_a_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
+    """Every read of a tensor's value on the host is a `_local_scalar_dense`: there is none outside logging."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back on the host"
+            return function(*args, **kwargs or {})
+
+    # Targets are only checked on the CPU, where that costs no synchronisation.
+    kernel = sys.modules["dpo_fast_kernels.linear_logps"]
+    monkeypatch.setattr(kernel, "_check", lambda *args: None)
+    trainer = make_trainer(tmp_path, logging_steps=100)
+    step = trainer.training_step
+    calls = []
+
+    def guarded(*args, **kwargs):
+        with NoReads():
+            calls.append(1)
+            return step(*args, **kwargs)
+
+    trainer.training_step = guarded
+    trainer.train()
+    assert len(calls) == 3
+    with pytest.raises(AssertionError, match="read back"), NoReads():
+        torch.ones(1).item()
+
+
+def test_statistics_can_be_left_out(tmp_path):
+    trainer = make_trainer(tmp_path, log_completion_statistics=False, max_steps=1)
+    trained(trainer)
+    assert not logged(trainer, "entropy") and logged(trainer, "rewards/margins")
+    assert PackedOutput().entropy is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": Dataset.from_dict({"text": ["w3"]})}, "text"),
+        ({"dataset": Dataset.from_dict({"prompt": ["w3"], "chosen": [" w4"], "rejected": [" w4"]})}, "none of the 1 rows"),
+        ({"max_length": 2}, "max_length"),
+        ({"beta": 0.0}, "beta"),
+        ({"loss_type": "nope"}, "loss_type"),
+        ({"ref_model": "same"}, "ref_model"),
+        ({"ref_model": "smaller"}, "token embeddings"),
+        ({"peft_config": "adapter"}, "peft_config"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
+        ({"dataset": Dataset.from_dict({"prompt_ids": [[3]], "chosen_ids": [[VOCAB]], "rejected_ids": [[4]]})}, "vocab"),
+    ],
+)
+def test_bad_input_is_refused_by_name(tmp_path, change, message):
+    model = tiny_model("llama")
+    references = {"same": model, "smaller": tiny_model("llama", vocab_size=50)}
+    if isinstance(change.get("ref_model"), str):
+        change = {**change, "ref_model": references[change["ref_model"]]}
+    dataset = change.get("dataset")
+    options = {name: value for name, value in change.items() if name != "dataset"}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, dataset, model=model, **options)
+
+
+def test_streams_and_missing_models_are_refused(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w3", "chosen": " w4", "rejected": " w5"}]))
+    with pytest.raises(ValueError, match="IterableDataset"):
+        make_trainer(tmp_path, stream)
+    with pytest.raises(ValueError, match="does not exist"):
+        make_trainer(tmp_path, model=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="config.json"):
+        make_trainer(tmp_path, model=str(tmp_path))
