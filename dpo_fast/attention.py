@@ -1,7 +1,7 @@
 """Shared-prefix attention for Hugging Face models, through transformers' AttentionInterface.
 
-A model that runs on packed rows keeps working as before without them (generation, evaluation on plain batches): the function
-registered here hands every call without a packed row to transformers' own SDPA.
+A model that runs on packed rows keeps working as before without them (generation, evaluation on plain batches): the
+function registered here hands every call without a packed row to transformers' own SDPA.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dpo_fast_kernels import PrefixLayout, prefix_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from dpo_fast_kernels import PrefixLayout, prefix_attention
 
 ATTENTION_NAME = "dpo_fast_prefix"
 _SHARING_LAYERS = {"full_attention", "sliding_attention"}
@@ -48,7 +49,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def sharing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why the architecture of `model` cannot share one copy of a prompt in a packed row; None when nothing speaks against it."""
+    """Why the architecture of `model` cannot share one copy of a prompt; None when nothing speaks against it."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - _SHARING_LAYERS
     if config.is_encoder_decoder:
@@ -65,7 +66,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:
-    """Switches `model` to shared-prefix attention for packed rows, and checks on a few tokens that its results stay the same.
+    """Switches `model` to shared-prefix attention for packed rows, and checks on a few tokens that its results stay
+    the same.
 
     The check is skipped where parameters are not at hand yet (meta device, ZeRO-3 shards).
 

@@ -1,7 +1,8 @@
 """Packed batch → sequence log-probs, inside `model.forward`.
 
-The forward of the causal language model itself is extended, `model(packed=batch)`, so that every wrapper around it (PEFT,
-autocast, DDP, FSDP, DeepSpeed) does its work as for any other forward: parameters are gathered, gradients are hooked.
+The forward of the causal language model itself is extended, `model(packed=batch)`, so that every wrapper around it
+(PEFT, autocast, DDP, FSDP, DeepSpeed) does its work as for any other forward: parameters are gathered, gradients are
+hooked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dpo_fast_kernels import gather_rows, linear_logps
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from dpo_fast.attention import packed_arguments
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
+from dpo_fast_kernels import gather_rows, linear_logps
 
 
 @dataclass
@@ -43,10 +44,11 @@ class PackedOutput(ModelOutput):
 
 
 def add_dpo_forward(model: PreTrainedModel) -> None:
-    """Extends `model.forward`, in place, by `model(packed=PackedBatch, statistics=False, aux_loss=False) -> PackedOutput`.
+    """Extends `model.forward` in place: `model(packed=PackedBatch, statistics=False, aux_loss=False)` → `PackedOutput`.
 
-    Any other call is the original forward, so generation is unchanged. Call it on the causal language model before PEFT or
-    an engine wraps it, and `attention.use_shared_prefix(model)` beside it for the shared layout. Repeating it is harmless.
+    Any other call is the original forward, so generation is unchanged. Call it on the causal language model before
+    PEFT or an engine wraps it, and `attention.use_shared_prefix(model)` beside it for the shared layout. Repeating it
+    is harmless.
     """
     if getattr(model.forward, "is_dpo_forward", False):
         return

@@ -1,12 +1,14 @@
 """The central data types: preference groups, and the packed batch that a model runs on.
 
-A preference group is a prompt, K ≥ 2 completions and the comparisons between them; a DPO pair is the group with K = 2 and one
-comparison. `pack` lays groups out for one forward pass, in one of two layouts that share everything after the body:
+A preference group is a prompt, K ≥ 2 completions and the comparisons between them; a DPO pair is the group with K = 2
+and one comparison. `pack` lays groups out for one forward pass, in one of two layouts that share everything after the
+body:
 
-    shared   one row without padding, `[prompt | completion 1 | … | completion K | next prompt | …]`, one copy of each prompt
+    shared   one row without padding, `[prompt | completion 1 | … | completion K | next prompt | …]`
     padded   the usual rows `[prompt | completion | padding]`, one a completion; works for every architecture
 
-Shapes: T packed tokens, N score rows, S completions, C comparisons. Built on the host with NumPy, moved to a device once.
+Shapes: T packed tokens, N score rows, S completions, C comparisons. Built on the host with NumPy, moved to a device
+once.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from dpo_fast_kernels import GatherPlan, PrefixLayout
 from torch import Tensor
+
+from dpo_fast_kernels import GatherPlan, PrefixLayout
 
 Layout = Literal["shared", "padded"]
 
@@ -129,11 +132,16 @@ def pack(
     body = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
     first = np.cumsum([0] + [len(group.completion_ids) for group in groups[:-1]])
     comparisons = np.concatenate(
-        [np.asarray(group.comparisons, np.int64).reshape(-1, 2) + start for group, start in zip(groups, first, strict=True)]
+        [
+            np.asarray(group.comparisons, np.int64).reshape(-1, 2) + start
+            for group, start in zip(groups, first, strict=True)
+        ]
     )
     weights = np.concatenate([np.asarray(group.comparison_weights, np.float32) for group in groups])
     lengths = [
-        len(ids) - context for group in groups for ids, context in zip(group.completion_ids, group.contexts, strict=True)
+        len(ids) - context
+        for group in groups
+        for ids, context in zip(group.completion_ids, group.contexts, strict=True)
     ]
     ref_logps = None
     if groups[0].ref_logps is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_fast_kernels import LogitTransform
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+from dpo_fast_kernels import LogitTransform
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ def head_of(model: PreTrainedModel) -> Head:
     if embeddings is None:
         raise ValueError(f"model is a {type(model).__name__} without an LM head; load it with AutoModelForCausalLM")
     if hasattr(embeddings, "base_layer"):
-        raise ValueError("peft_config targets the LM head, whose weight is used directly: take it out of target_modules")
+        raise ValueError(
+            "peft_config targets the LM head, whose weight is used directly: take it out of target_modules"
+        )
     return Head(embeddings.weight, getattr(embeddings, "bias", None), logit_transform(model.config.get_text_config()))
 
 

@@ -1,7 +1,8 @@
 """Preference losses: one small function each, with the paper's equation beside it.
 
-A loss takes C comparisons (winner w, loser l) and returns one value a comparison, [C]. It sees sequence log-probs only, so
-its gradient lives on vectors of the size of the batch and the same function serves every way of computing log-probs.
+A loss takes C comparisons (winner w, loser l) and returns one value a comparison, [C]. It sees sequence log-probs
+only, so its gradient lives on vectors of the size of the batch and the same function serves every way of computing
+log-probs.
 
     ℓ   log π(y|x), summed over the completion's tokens        ℓ_ref   the same under the reference
     r = ℓ − ℓ_ref        Δ = r_w − r_l        n   completion tokens        ε   label_smoothing
@@ -25,8 +26,8 @@ class Comparisons:
         winner_logps, loser_logps: ℓ, fp32 [C], in nats.
         winner_ref_logps, loser_ref_logps: ℓ_ref, fp32 [C].
         winner_lengths, loser_lengths: n, [C].
-        mean_winner_tokens: scalar, scored winner tokens per comparison over the whole optimizer step; it makes token means
-            independent of how the step is cut into micro-batches.
+        mean_winner_tokens: scalar, scored winner tokens per comparison over the whole optimizer step; it makes token
+            means independent of how the step is cut into micro-batches.
     """
 
     winner_logps: Tensor
@@ -79,7 +80,7 @@ def ipo(c: Comparisons, p: LossParameters) -> Tensor:
 
 
 def sft(c: Comparisons, p: LossParameters) -> Tensor:
-    """Negative log-likelihood of the winners; its mean over the step is the mean over their tokens: −ℓ_w / mean(n_w)."""
+    """Negative log-likelihood of the winners; over a step, the mean over their tokens: −ℓ_w / mean(n_w)."""
     return -c.winner_logps / c.mean_winner_tokens
 
 

@@ -1,7 +1,7 @@
 """Metrics that stay on the device until they are logged.
 
-A step adds tensors; nothing is read back before `reduce`. The value of a metric is the mean over batches of its mean within
-a batch, as TRL logs it; a batch that was split into packs counts once.
+A step adds tensors; nothing is read back before `reduce`. The value of a metric is the mean over batches of its mean
+within a batch, as TRL logs it; a batch that was split into packs counts once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ def batch_metrics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(numerator, denominator) of every metric over one pack; numerators and denominators of packs add up.
 
-    Rewards, log-probs and accuracies are means over comparisons, weighted. Entropy is a mean over all score rows, logits and
-    token accuracy over those of winners and losers; a completion that wins or loses several comparisons counts each time.
+    Rewards, log-probs and accuracies are means over comparisons, weighted. Entropy is a mean over all score rows,
+    logits and token accuracy over those of winners and losers; a completion that wins or loses several comparisons
+    counts each time.
     """
     winners, losers = packed.comparisons.unbind(1)
     weights = packed.comparison_weights
@@ -89,7 +90,7 @@ class MetricAccumulator:
         self._batch = {}
 
     def reduce(self, gather=lambda values: values[None]) -> dict[str, float]:
-        """Means over the batches since the last call, in one transfer to the host; `gather` stacks ranks to [ranks, metrics]."""
+        """Means since the last call, in one transfer to the host; `gather` stacks ranks to [ranks, metrics]."""
         if not self._batches:
             return {}
         names = sorted(self._sums)

@@ -57,7 +57,9 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
         except ImportError as error:
             raise ImportError('peft_config needs the peft package: pip install "dpo-fast[peft]"') from error
         if not isinstance(peft_config, PeftConfig):
-            raise ValueError(f"peft_config is a {type(peft_config).__name__}; pass a peft.LoraConfig or another PeftConfig")
+            raise ValueError(
+                f"peft_config is a {type(peft_config).__name__}; pass a peft.LoraConfig or another PeftConfig"
+            )
         if isinstance(peft_config, PromptLearningConfig):
             raise ValueError(f"peft_config is a {type(peft_config).__name__}, which adds prompt tokens; use a LoRA")
         if hasattr(model, "peft_config"):

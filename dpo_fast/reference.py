@@ -7,9 +7,9 @@ A store is a folder of immutable Parquet parts, `<root>/<key>/part-<checksum>.pa
     logp         fp32, their summed log-prob, in nats
     token_logps  list of fp32
 
-The folder's key hashes everything that the numbers depend on: the reference's weights, the transforms of the logits, the
-compute dtype, the attention and the version of this format. A part is written under a temporary name and renamed to the hash
-of its bytes, so a reader sees whole parts only and knows a damaged one. No pickle anywhere.
+The folder's key hashes everything that the numbers depend on: the reference's weights, the transforms of the logits,
+the compute dtype, the attention and the version of this format. A part is written under a temporary name and renamed to
+the hash of its bytes, so a reader sees whole parts only and knows a damaged one. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def with_reference_logps(
         for group in groups
     ]
     missing = [i for i, row in enumerate(keys) if not all(key in store.logps for key in row)]
-    logger.info("reference log-probs of %s: %d of %d groups in %s", name, len(groups) - len(missing), len(groups), store.folder)
+    logger.info(
+        "reference log-probs of %s: %d of %d groups in %s", name, len(groups) - len(missing), len(groups), store.folder
+    )
     costs = [groups[i].num_tokens(layout) for i in missing]
     batches = split_by_tokens(missing, costs, max_tokens or TOKENS_PER_PASS)
     with tqdm(total=len(missing), desc=f"Reference log-probs of {name}", unit="group", disable=not missing) as progress:

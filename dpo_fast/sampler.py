@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 def split_by_tokens(items: Sequence[Item], costs: Sequence[int], max_tokens: int | None) -> list[list[Item]]:
     """Deals `items` into as few packs as a first-fit-decreasing deal finds, each within `max_tokens`.
 
-    An item that exceeds `max_tokens` alone gets a pack of its own: nothing can make it smaller. Items keep their order inside
-    a pack. `max_tokens=None` is one pack.
+    An item that exceeds `max_tokens` alone gets a pack of its own: nothing can make it smaller. Items keep their
+    order inside a pack. `max_tokens=None` is one pack.
     """
     if max_tokens is None:
         return [list(items)]

@@ -1,8 +1,9 @@
 """DPOTrainer: preference optimization on transformers.Trainer.
 
-Everything around the step (checkpoints, resume, logging, callbacks, schedulers, engines) is transformers' and accelerate's. The
-step itself: a batch of groups becomes packs under a token budget, each pack runs forward and backward once, and the loss is
-divided by what the whole optimizer step holds, so gradients do not depend on how the step was cut.
+Everything around the step (checkpoints, resume, logging, callbacks, schedulers, engines) is transformers' and
+accelerate's. The step itself: a batch of groups becomes packs under a token budget, each pack runs forward and
+backward once, and the loss is divided by what the whole optimizer step holds, so gradients do not depend on how the
+step was cut.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from dpo_fast_kernels import attention_backend
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -39,6 +39,7 @@ from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import load_model, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
 from dpo_fast.sampler import split_by_tokens
+from dpo_fast_kernels import attention_backend
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ logger = logging.getLogger(__name__)
 class DPOCollator:
     """Rows of a tokenised dataset → the packs of a batch.
 
-    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, fp32 [2]: the sum of comparison
-    weights, and of weight × scored winner tokens, over the batch.
+    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, fp32 [2]: the sum of
+    comparison weights, and of weight × scored winner tokens, over the batch.
     """
 
     layout: Layout = "shared"
@@ -214,7 +215,12 @@ class DPOTrainer(Trainer):
 
         with context:
             dataset = with_reference_logps(
-                dataset, self._store, score, layout=self.layout, max_tokens=self.args.max_tokens_per_micro_batch, name=name
+                dataset,
+                self._store,
+                score,
+                layout=self.layout,
+                max_tokens=self.args.max_tokens_per_micro_batch,
+                name=name,
             )
         model.train(was_training)
         return dataset
@@ -223,7 +229,11 @@ class DPOTrainer(Trainer):
         model = ref_model if ref_model is not None else self.model
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         dtype = mixed or next(model.parameters()).dtype
-        backend = attention_backend(self.args.device, dtype)[0] if self.layout == "shared" else model.config._attn_implementation
+        backend = (
+            attention_backend(self.args.device, dtype)[0]
+            if self.layout == "shared"
+            else model.config._attn_implementation
+        )
         description = reference_description(
             model,
             adapters=ref_model is not None or not self._new_adapter,
@@ -253,7 +263,9 @@ class DPOTrainer(Trainer):
         totals = sum(batch["totals"] for batch in batch_samples).to(device)
         return self.accelerator.gather(totals[None]).sum(dim=0)
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         packs = inputs["packs"]
         loss = 0.0
         for index, packed in enumerate(packs):
@@ -327,7 +339,8 @@ class DPOTrainer(Trainer):
         return loss, rewards, torch.cat([packed.comparison_weights for packed, _ in outputs])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Like `Trainer.evaluate`; a new dataset in any preference format is tokenised and gets its reference log-probs.
+        """Like `Trainer.evaluate`; a new dataset in any preference format is tokenised and gets its reference
+        log-probs.
 
         Raises:
             ValueError: training has started and the untrained policy, which is the reference, is gone; pass the dataset
@@ -413,7 +426,8 @@ def _aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:
     if not hasattr(config, "output_router_logits"):
         if coefficient:
             raise ValueError(
-                f"router_aux_loss_coef is {coefficient}, but {type(base).__name__} returns no router logits; leave it out"
+                f"router_aux_loss_coef is {coefficient}, but {type(base).__name__} returns no router logits: "
+                "leave it out"
             )
         return 0.0
     return getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_fast.attention import ATTENTION_NAME, sharing_obstacle, use_shared_prefix
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import PreferenceGroup, pack
+from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
 
 TOLERANCE = 1e-5
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dpo_fast_kernels import GatherPlan, gather_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast.groups import PreferenceGroup, pack
+from dpo_fast_kernels import GatherPlan, gather_rows
 
 token_ids = st.lists(st.integers(3, 90), min_size=1, max_size=9)
 

@@ -1,4 +1,4 @@
-"""The trainer: gradients that do not depend on how a step is cut, exact resume, references computed once, clear refusals."""
+"""The trainer: gradients independent of how a step is cut, exact resume, references computed once, refusals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from families import VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.forward import PackedOutput
 from dpo_fast.trainer import DPOTrainer
+from families import VOCAB, tiny_model, tiny_tokenizer
 
 
 def words(count: int, generator: torch.Generator) -> str:
@@ -28,7 +28,9 @@ def pairs(count: int = 16, seed: int = 0) -> Dataset:
     lengths = torch.randint(2, 14, (count, 3), generator=generator).tolist()
     columns = zip(*([words(n, generator) for n in row] for row in lengths), strict=True)
     rows = dict(zip(("prompt", "chosen", "rejected"), columns, strict=True))
-    return Dataset.from_dict({name: [f" {text}" if name != "prompt" else text for text in v] for name, v in rows.items()})
+    return Dataset.from_dict(
+        {name: [f" {text}" if name != "prompt" else text for text in v] for name, v in rows.items()}
+    )
 
 
 def ranked(count: int = 8, seed: int = 0) -> Dataset:
@@ -43,7 +45,9 @@ def ranked(count: int = 8, seed: int = 0) -> Dataset:
 
 
 def make_trainer(tmp_path: Path, dataset: Dataset | None = None, *, model=None, **options) -> DPOTrainer:
-    trainer_options = {name: options.pop(name) for name in ("eval_dataset", "peft_config", "ref_model") if name in options}
+    trainer_options = {
+        name: options.pop(name) for name in ("eval_dataset", "peft_config", "ref_model") if name in options
+    }
     args = DPOConfig(
         **{
             "output_dir": str(tmp_path / "out"),
@@ -127,7 +131,8 @@ def test_a_group_equals_its_expanded_pairs(tmp_path):
     row = {"prompt": "w5 w6 w7", "completions": [" w8 w9", " w10", " w11 w12 w13", " w14 w15"], "scores": [4, 3, 2, 1]}
     order = [(w, lo) for w in range(4) for lo in range(w + 1, 4)]
     expanded = [
-        {"prompt": row["prompt"], "chosen": row["completions"][w], "rejected": row["completions"][lo]} for w, lo in order
+        {"prompt": row["prompt"], "chosen": row["completions"][w], "rejected": row["completions"][lo]}
+        for w, lo in order
     ]
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 1}
     group = trained(make_trainer(tmp_path, Dataset.from_list([row]), per_device_train_batch_size=1, **options))
@@ -310,7 +315,10 @@ def test_statistics_can_be_left_out(tmp_path):
     ("change", "message"),
     [
         ({"dataset": Dataset.from_dict({"text": ["w3"]})}, "text"),
-        ({"dataset": Dataset.from_dict({"prompt": ["w3"], "chosen": [" w4"], "rejected": [" w4"]})}, "none of the 1 rows"),
+        (
+            {"dataset": Dataset.from_dict({"prompt": ["w3"], "chosen": [" w4"], "rejected": [" w4"]})},
+            "none of the 1 rows",
+        ),
         ({"max_length": 2}, "max_length"),
         ({"beta": 0.0}, "beta"),
         ({"loss_type": "nope"}, "loss_type"),
@@ -318,7 +326,10 @@ def test_statistics_can_be_left_out(tmp_path):
         ({"ref_model": "smaller"}, "token embeddings"),
         ({"peft_config": "adapter"}, "peft_config"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
-        ({"dataset": Dataset.from_dict({"prompt_ids": [[3]], "chosen_ids": [[VOCAB]], "rejected_ids": [[4]]})}, "vocab"),
+        (
+            {"dataset": Dataset.from_dict({"prompt_ids": [[3]], "chosen_ids": [[VOCAB]], "rejected_ids": [[4]]})},
+            "vocab",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(tmp_path, change, message):

@@ -4,8 +4,8 @@
 
 A prompt's keys and values are read once by each of its K completions, and the hidden row of its last token predicts the
 first token of every completion. `torch.index_select` sums such repeats with atomics on a GPU, in an order that changes
-from run to run. Here the uses of a row are dealt into levels when the batch is built (level k holds the k-th use of every
-row), so that each level writes every row at most once and the levels run one after another.
+from run to run. Here the uses of a row are dealt into levels when the batch is built (level k holds the k-th use of
+every row), so that each level writes every row at most once and the levels run one after another.
 
 Bytes moved: forward 2·M·D·itemsize; backward (T + 2·M)·D·itemsize.  T rows of x, M rows of y, D columns.
 """

@@ -1,8 +1,8 @@
 """Where prompts and completions lie in a packed row, as attention needs to know it.
 
-A packed row holds groups one after another, `[x y1 y2 … yK | x' y1' … ]`, x the prompt and y its completions. As segments of
-a variable-length attention call the queries are `[x y1 | y2 | … | yK]` and the keys `[x y1 | x y2 | … | x yK]`: with the causal
-mask aligned bottom-right every completion sees its own prompt and its own past, and nothing else.
+A packed row holds groups one after another, `[x y1 y2 … yK | x' y1' … ]`, x the prompt and y its completions. As
+segments of a variable-length attention call the queries are `[x y1 | y2 | … | yK]` and the keys `[x y1 | x y2 | … | x
+yK]`: with the causal mask aligned bottom-right every completion sees its own prompt and its own past, and nothing else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrefixLayout:
     _masks: dict = field(default_factory=dict, repr=False, compare=False)
 
     def masks(self, *key) -> dict[tuple[int, int], Tensor]:
-        """Attention masks by shape, kept with the batch: every layer of one kind (dtype, device, window) shares them."""
+        """Attention masks by shape, kept with the batch: layers of one kind (dtype, device, window) share them."""
         return self._masks.setdefault(key, {})
 
     @classmethod

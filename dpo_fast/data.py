@@ -1,0 +1,284 @@
+"""Rows of a dataset → tokenised preference groups, with an account of what was dropped.
+
+    read       `formats`: a row of any accepted format → prompt, completions, comparisons
+    tokenize   `tokenization`: → whole preference groups
+    merge      with group_by_prompt: groups with the same prompt become one, equal completions become one
+    truncate   `truncation`: → groups that fit max_length, without what carries no signal
+
+Every step is a cached `datasets` map, so a second run with the same tokenizer reads the tokens from disk, whatever its
+max_length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, IterableDatasetDict, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from dpo_fast.formats import PREPARED, Format, detect_format
+from dpo_fast.loading import load_preference_dataset
+from dpo_fast.tokenization import TokenizeRows
+from dpo_fast.truncation import CODE, FIELDS, TRUNCATION_MODES, TruncateRows, group_from_row
+
+__all__ = ["DataSummary", "load_preference_dataset", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = {
+    "prompt_ids": List(Value("int32")),
+    "completion_ids": List(List(Value("int32"))),
+    "comparisons": List(List(Value("int32"))),
+    "comparison_weights": List(Value("float64")),
+    "context_lengths": List(Value("int32")),
+    "ref_logps": List(Value("float64")),
+}
+_ACCOUNT = {"truncated": Value("int32"), "lost_eos": Value("int32"), "reasons": List(Value("string"))}
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `prepare_dataset` made of a dataset.
+
+    Attributes:
+        rows: rows that went in.
+        groups, completions, comparisons: what came out.
+        dropped: reason → rows dropped. A reason that ends in "in a group that stays" counts single comparisons.
+        truncated: completions that exceeded max_length together with their prompt, so that either was cut.
+        lost_eos: completions that lost their last end-of-sequence token in that cut.
+    """
+
+    rows: int
+    groups: int
+    completions: int
+    comparisons: int
+    dropped: dict[str, int]
+    truncated: int
+    lost_eos: int
+
+    def __str__(self) -> str:
+        made = f"{self.groups} groups, {self.completions} completions, {self.comparisons} comparisons"
+        text = f"{self.rows} rows → {made}"
+        if self.dropped:
+            text += f"; dropped: {_listed(self.dropped)}"
+        if self.truncated:
+            text += f"\n{self.truncated} completions cut to max_length, {self.lost_eos} of them lost their EOS token"
+        return text
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    group_by_prompt: bool = False,
+    vocab_size: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, DataSummary]:
+    """Rows of any accepted format → preference groups, one a row, in columns named as `PreferenceGroup`'s fields.
+
+    A dataset of prepared groups passes through: only what exceeds `max_length` is cut.
+
+    Args:
+        dataset: one split, map-style, in a format that `dpo_fast.formats` describes.
+        tokenizer: the model's. Plain text needs its `eos_token`, conversations its `chat_template`.
+        max_length: most tokens of prompt+completion, at least 2. None keeps everything.
+        truncation_mode: `keep_start` or `keep_end` of prompt+completion.
+        group_by_prompt: merge rows whose prompts have the same tokens. A comparison that occurs twice weighs twice.
+        vocab_size: of the model; a token id beyond it is an error.
+        num_proc: processes to work in.
+        name: of the dataset, for progress bars and messages.
+
+    Returns:
+        The groups, and what became of the rows. `ref_logps` are there when the rows supplied `ref_chosen_logps` and
+        `ref_rejected_logps`, unless a row was cut or merged.
+
+    Raises:
+        ValueError: an argument, a column, or a row is not as described, or no row is usable.
+    """
+    _check_arguments(dataset, max_length, truncation_mode, name)
+    source = detect_format(dataset.column_names)
+    rows = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in source.columns])
+    if source is not PREPARED:
+        rows = _tokenize(rows, tokenizer, source, num_proc, name)
+    if group_by_prompt:
+        rows = _merge_by_prompt(rows, num_proc, name)
+    step = TruncateRows(
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        vocab_size=vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        name=name,
+    )
+    features = _group_features(rows)
+    truncated = rows.map(
+        step,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features(features | _ACCOUNT),
+        num_proc=num_proc,
+        desc=f"Truncating {name} dataset",
+    )
+    summary, kept = _account(truncated, len(dataset))
+    if not summary.groups:
+        raise ValueError(
+            f"dataset: none of the {summary.rows} rows of the {name} dataset is usable ({_listed(summary.dropped)}); "
+            f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ"
+        )
+    if summary.truncated and "ref_logps" in features:
+        logger.warning(
+            "%s dataset: its reference log-probs are not used, because %d completions were cut to max_length",
+            name,
+            summary.truncated,
+        )
+        del features["ref_logps"]
+    if len(kept) < len(truncated):
+        truncated = truncated.select(kept)
+    return truncated.select_columns(list(features)), summary
+
+
+def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, name: str) -> None:
+    if isinstance(dataset, IterableDataset | IterableDatasetDict):
+        raise ValueError(
+            f"dataset: the {name} dataset is a stream ({type(dataset).__name__}), and streaming is not supported yet; "
+            "load it without streaming=True"
+        )
+    if not isinstance(dataset, Dataset):
+        splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
+        raise ValueError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
+    if len(dataset) == 0:
+        raise ValueError(f"dataset: the {name} dataset has no rows; it must have at least one")
+    if truncation_mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
+        )
+
+
+def _group_features(rows: Dataset) -> dict[str, Any]:
+    return {field: _COLUMNS[field] for field in FIELDS if field != "ref_logps" or field in rows.column_names}
+
+
+def _tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, source: Format, num_proc: int | None, name: str
+) -> Dataset:
+    features = Features({field: _COLUMNS[field] for field in FIELDS if field != "ref_logps"})
+    features["lost_prompt"] = Value("string")
+    if "ref_chosen_logps" in rows.column_names:
+        features["ref_logps"] = _COLUMNS["ref_logps"]
+    tokenized = rows.map(
+        TokenizeRows(tokenizer, source, name),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+    lost = [text for text in tokenized["lost_prompt"] if text]
+    if lost:
+        logger.warning(
+            "%s dataset: in %d of %d rows the end of the prompt (%r in the first) is tokenised differently when a "
+            "completion follows, so it is left out and the completions start there; at inference the model sees it. "
+            "End prompts on a token boundary, or use a chat template that renders a prompt alike in both cases.",
+            name,
+            len(lost),
+            len(rows),
+            lost[0],
+        )
+    return tokenized.remove_columns("lost_prompt")
+
+
+class _MergeRows:
+    """The first row of a set of rows → their union: equal completions once, weights of equal comparisons added up."""
+
+    def __init__(self, rows: Dataset, members: list[list[int]]):
+        self.rows, self.members, self.code = rows, members, CODE
+
+    def __call__(self, first: dict[str, Any], index: int) -> dict[str, Any]:
+        completions: dict[tuple[int, ...], int] = {}
+        references: list[float] = []
+        weights: dict[tuple[int, int], float] = defaultdict(float)
+        for member in self.members[index]:
+            group = group_from_row(self.rows[member])
+            place = []
+            for k, (context, ids) in enumerate(zip(group.contexts, group.completion_ids, strict=True)):
+                key = (context, *ids)
+                if key not in completions and group.ref_logps is not None:
+                    references.append(group.ref_logps[k])
+                place.append(completions.setdefault(key, len(completions)))
+            for (winner, loser), weight in zip(group.comparisons, group.comparison_weights, strict=True):
+                weights[place[winner], place[loser]] += weight
+        merged = {
+            "prompt_ids": first["prompt_ids"],
+            "completion_ids": [ids for _, *ids in completions],
+            "comparisons": list(weights),
+            "comparison_weights": list(weights.values()),
+            "context_lengths": [context for context, *_ in completions],
+        }
+        return merged | ({"ref_logps": references} if "ref_logps" in first else {})
+
+
+def _merge_by_prompt(rows: Dataset, num_proc: int | None, name: str) -> Dataset:
+    """Groups with the same prompt as one, in the order of their first appearance.
+
+    Rows without comparisons stay apart, to be counted as dropped; rows without a shared prompt have nothing to share.
+    """
+    members: dict[Any, list[int]] = defaultdict(list)
+    columns = [column for column in ("prompt_ids", "comparisons", "context_lengths") if column in rows.column_names]
+    for index, row in enumerate(rows.select_columns(columns)):
+        alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
+        digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
+        members[index if alone else digest].append(index)
+    if len(members) < len(rows) and "ref_logps" in rows.column_names:
+        logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
+        rows = rows.remove_columns("ref_logps")
+    return rows.select([group[0] for group in members.values()]).map(
+        _MergeRows(rows, list(members.values())),
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features(_group_features(rows)),
+        num_proc=num_proc,
+        desc=f"Merging prompts of {name} dataset",
+    )
+
+
+def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
+    """The summary, and the rows that hold a group."""
+    table = truncated.select_columns(["completion_ids", "comparisons", *_ACCOUNT]).with_format("arrow")
+    counts = {"completion_ids": 0, "comparisons": 0, "truncated": 0, "lost_eos": 0}
+    kept: list[int] = []
+    reasons: Counter[str] = Counter()
+    start = 0
+    for batch in table.iter(batch_size=10_000):
+        comparisons = batch["comparisons"].combine_chunks().value_lengths().to_numpy()
+        kept += (np.flatnonzero(comparisons) + start).tolist()
+        counts["comparisons"] += int(comparisons.sum())
+        counts["completion_ids"] += int(batch["completion_ids"].combine_chunks().value_lengths().to_numpy().sum())
+        for column in ("truncated", "lost_eos"):
+            counts[column] += int(batch[column].to_numpy().sum())
+        reasons.update(reason for row in batch["reasons"].to_pylist() for reason in row)
+        start += len(batch)
+    summary = DataSummary(
+        rows=rows,
+        groups=len(kept),
+        completions=counts["completion_ids"],
+        comparisons=counts["comparisons"],
+        dropped=dict(reasons),
+        truncated=counts["truncated"],
+        lost_eos=counts["lost_eos"],
+    )
+    return summary, kept
+
+
+def _listed(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in dropped.items())

@@ -1,0 +1,264 @@
+"""Rows of a preference dataset → one common form, before any tokenizer is involved.
+
+    standard         prompt: str, chosen: str, rejected: str
+    conversational   the same columns as lists of {"role", "content"} messages
+    implicit prompt  without the prompt column: the prompt is what chosen and rejected begin with
+    ShareGPT         conversations: [{"from", "value"}, …], chosen and rejected: a {"from", "value"} message or text
+    ranked           prompt, completions: [K answers], and scores (higher is better) or ranks (1 is best)
+    tokenized        prompt_ids, chosen_ids, rejected_ids
+
+`tools` and `chat_template_kwargs` reach the chat template of every conversational row. The ranked form turns into all
+comparisons between answers of unequal score. Arrow stores a key that a row lacks as None, so None counts as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+Message = dict[str, Any]
+Row = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and its K completions, all text or all lists of messages, and (winner, loser) pairs of completions.
+
+    `template_arguments` are the keyword arguments of the chat template.
+    """
+
+    prompt: str | list[Message]
+    completions: list[str] | list[list[Message]]
+    comparisons: list[tuple[int, int]]
+    template_arguments: dict[str, Any]
+
+    @property
+    def conversational(self) -> bool:
+        return isinstance(self.prompt, list)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Columns that a kind of row must and may have, and how such a row is read (None: it holds tokens)."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    read: Callable[[Row], Example] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+def without_none(value: Any) -> Any:
+    """`value` with the None-valued keys of every dict in it removed."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(item, dict) for item in value))
+
+
+def _message(value: Any, column: str) -> Message:
+    value = without_none(value)
+    if isinstance(value, dict) and "role" in value:
+        return value
+    if isinstance(value, dict) and "from" in value:
+        speaker = value["from"]
+        if speaker not in ROLES:
+            raise ValueError(f"column {column!r}: speaker {speaker!r} is unknown; use one of {', '.join(ROLES)}")
+        return {"role": ROLES[speaker], "content": value.get("value", "")}
+    raise ValueError(
+        f"column {column!r}: {_shown(value)} is not a message; a message has the keys 'role' and 'content' "
+        "(or 'from' and 'value')"
+    )
+
+
+def _messages(value: Any, column: str, role: str = "assistant") -> list[Message]:
+    """A message, a list of messages, or text that `role` said → a list of messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not _is_conversation(value):
+        raise ValueError(f"column {column!r}: {_shown(value)} is neither text, nor a message, nor a list of messages")
+    return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r}: expected text or a list of messages, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+
+
+def _template_arguments(row: Row) -> dict[str, Any]:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column 'tools': not valid JSON ({error}); give a list of JSON schemas") from error
+    else:
+        tools = without_none(tools)
+    arguments = row.get("chat_template_kwargs")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise ValueError(f"column 'chat_template_kwargs': expected a dict, got {_shown(arguments)}")
+    return {"tools": tools, **without_none(arguments or {})}
+
+
+def _divergence(left: Sequence, right: Sequence) -> int:
+    """Where the shared beginning of two texts or conversations ends: both keep an element, a word keeps its space."""
+    shortest = min(len(left), len(right))
+    pairs = zip(left, right, strict=False)
+    split = next((i for i, (a, b) in enumerate(pairs) if a != b), max(shortest - 1, 0))
+    return split - 1 if split and left[split - 1] == " " else split
+
+
+def _split_prompt(chosen: Sequence, rejected: Sequence) -> tuple[Any, list[Any]]:
+    split = _divergence(chosen, rejected)
+    return chosen[:split], [chosen[split:], rejected[split:]]
+
+
+def _prompt_and_completions(prompt: Any, completions: list[Any], columns: list[str]) -> tuple[Any, list[Any]]:
+    """An explicit prompt with its completions, as text if all of them are text, else as messages."""
+    if not any(map(_is_conversation, [prompt, *completions])):
+        texts = [_text(value, column) for value, column in zip(completions, columns, strict=True)]
+        return _text(prompt, "prompt"), texts
+    conversations = [_messages(value, column) for value, column in zip(completions, columns, strict=True)]
+    if isinstance(prompt, str) and all(c and c[0]["role"] != "assistant" for c in conversations):
+        return _repeated_prompt(prompt, conversations)
+    return _messages(prompt, "prompt", role="user"), conversations
+
+
+def _repeated_prompt(prompt: str, conversations: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Full conversations that repeat the prompt, with the bare prompt text beside them (as UltraFeedback does)."""
+    split = min(_divergence(conversations[0], other) for other in conversations[1:])
+    shared = conversations[0][:split]
+    if not any(message.get("content") == prompt for message in shared):
+        raise ValueError(
+            "column 'prompt' is text, and the completions are conversations that do not begin with an assistant's "
+            "message and do not share a message with that text; give the prompt as a list of messages, or leave the "
+            "prompt column out"
+        )
+    return shared, [conversation[split:] for conversation in conversations]
+
+
+def _read_pair(row: Row) -> Example:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        prompt, completions = _prompt_and_completions(row["prompt"], [chosen, rejected], ["chosen", "rejected"])
+    elif _is_conversation(chosen) and _is_conversation(rejected):
+        prompt, completions = _split_prompt(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
+    else:
+        prompt, completions = _split_prompt(_text(chosen, "chosen"), _text(rejected, "rejected"))
+    return Example(prompt, completions, [(0, 1)], _template_arguments(row))
+
+
+def _read_sharegpt(row: Row) -> Example:
+    prompt = _messages(row["conversations"], "conversations", role="user")
+    if row.get("system") and not (prompt and prompt[0]["role"] == "system"):
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    completions = [_messages(row[column], column) for column in ("chosen", "rejected")]
+    return Example(prompt, completions, [(0, 1)], _template_arguments(row))
+
+
+def _read_ranked(row: Row) -> Example:
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(f"column 'completions': expected a list of at least two, got {_shown(completions)}")
+    prompt, completions = _prompt_and_completions(row["prompt"], completions, ["completions"] * len(completions))
+    column = "scores" if "scores" in row else "ranks"
+    values = row[column]
+    if not isinstance(values, list) or len(values) != len(completions):
+        found = len(values) if isinstance(values, list) else _shown(values)
+        raise ValueError(f"column {column!r}: expected one for each of the {len(completions)} completions, got {found}")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
+    scores = values if column == "scores" else [-rank for rank in values]
+    return Example(prompt, completions, comparisons_from_scores(scores), _template_arguments(row))
+
+
+def comparisons_from_scores(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """Every (winner, loser) pair of indices with unequal scores; higher wins."""
+    pairs = combinations(range(len(scores)), 2)
+    return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in pairs if scores[i] != scores[j]]
+
+
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+PREPARED = Format(
+    "prepared groups",
+    ("prompt_ids", "completion_ids", "comparisons"),
+    ("comparison_weights", "context_lengths", "ref_logps"),
+)
+TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _REFERENCE_COLUMNS)
+FORMATS = (
+    PREPARED,
+    TOKENIZED,
+    Format("ranked by score", ("prompt", "completions", "scores"), _TEMPLATE_COLUMNS, _read_ranked),
+    Format("ranked", ("prompt", "completions", "ranks"), _TEMPLATE_COLUMNS, _read_ranked),
+    Format(
+        "ShareGPT pairs",
+        ("conversations", "chosen", "rejected"),
+        ("system", *_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS),
+        _read_sharegpt,
+    ),
+    Format("pairs", ("prompt", "chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS), _read_pair),
+    Format(
+        "pairs with an implicit prompt",
+        ("chosen", "rejected"),
+        (*_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS),
+        _read_pair,
+    ),
+)
+
+
+def detect_format(columns: Collection[str]) -> Format:
+    """The format that these columns make; the first that fits in the order of `FORMATS`.
+
+    Raises:
+        ValueError: no format fits, or the columns are ambiguous or of a kind that is not supported.
+    """
+    found = f"found the columns {', '.join(sorted(columns)) or '(none)'}"
+    if vision := {"image", "images"} & set(columns):
+        raise ValueError(f"dataset: {found}; images are not supported; remove {', '.join(vision)} to train on text")
+    if {"scores", "ranks", "completions"} <= set(columns):
+        raise ValueError(f"dataset: {found}; give either scores or ranks, not both")
+    for candidate in FORMATS:
+        if set(candidate.required) <= set(columns):
+            references = set(columns) & set(_REFERENCE_COLUMNS)
+            if len(references) == 1 and references <= set(candidate.optional):
+                raise ValueError(f"dataset: {found}; give both of {' and '.join(_REFERENCE_COLUMNS)}, or none of them")
+            return candidate
+    accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
+    if {"completion", "label"} <= set(columns):
+        found += "; completion with label is unpaired preference data, which is not supported: pair the completions"
+    raise ValueError(f"dataset: {found}. Rename the columns to one of the accepted formats:{accepted}")

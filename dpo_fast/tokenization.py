@@ -1,0 +1,142 @@
+"""Examples of `formats` → token ids: one prompt, and completions that continue it.
+
+The prompt and every prompt+completion are tokenised as one text each. The completions start where the prompt's tokens
+and those of any prompt+completion part, so a token that merges over the boundary belongs to the completion. Plain text
+gets the end-of-sequence token when it lacks it, conversations what the chat template gives. TRL 1.16's rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_fast import formats
+from dpo_fast.formats import Example, Format, Row
+
+# Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
+_CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(formats.__file__).read_bytes()).hexdigest()
+
+
+class TokenizeRows:
+    """A batch of raw rows of one format → the columns of as many whole preference groups.
+
+    `lost_prompt` is the text of the prompt's end where it is not part of prompt+completion. An example without a prompt
+    comes back without completions, and one without a winner without comparisons.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: Format, name: str):
+        self.tokenizer, self.source, self.name, self.code = tokenizer, source, name, _CODE
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        groups = []
+        if self.source.read is None:
+            groups = [_group(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]], [(0, 1)]) for row in rows]
+        else:
+            examples = [self._at(index, self.source.read, row) for index, row in zip(indices, rows, strict=True)]
+            for example, sequences in zip(examples, self._tokenize(examples, indices), strict=True):
+                groups.append(self._split(example, *sequences))
+        if "ref_chosen_logps" in batch:
+            for index, row, group in zip(indices, rows, groups, strict=True):
+                group["ref_logps"] = self._at(index, _reference_logps, row)
+        return {column: [group[column] for group in groups] for column in groups[0]}
+
+    def _at(self, index: int, function, *args):
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
+
+    def _split(self, example: Example, prompt: list[int], *whole: list[int]) -> Row:
+        if not whole:
+            return _group([], [], [])
+        start = min(_common_prefix_length(prompt, ids) for ids in whole)
+        lost = self.tokenizer.decode(prompt[start:]) if start < len(prompt) else ""
+        return _group(prompt[:start], [ids[start:] for ids in whole], example.comparisons, lost)
+
+    def _tokenize(self, examples: list[Example], indices: list[int]) -> list[list[list[int]]]:
+        """Ids of the prompt and of every prompt+completion; alike examples share one call of the tokenizer."""
+        sequences: list[list[list[int]]] = [[[]] for _ in examples]
+        alike = defaultdict(list)
+        for k, example in enumerate(examples):
+            if not example.conversational:
+                alike["text"].append(k)
+            elif example.prompt:
+                alike[json.dumps(example.template_arguments, sort_keys=True, default=repr)].append(k)
+        for key, members in alike.items():
+            group = [examples[k] for k in members]
+            if key == "text":
+                tokenized = self._tokenize_text(group)
+            else:
+                tokenized = self._tokenize_conversations(group, [indices[k] for k in members])
+            for k, ids in zip(members, tokenized, strict=True):
+                sequences[k] = ids
+        return sequences
+
+    def _tokenize_text(self, examples: list[Example]) -> list[list[list[int]]]:
+        eos = self.tokenizer.eos_token
+        if eos is None:
+            raise ValueError(
+                "tokenizer: it has no eos_token, which ends every completion of plain text; set tokenizer.eos_token"
+            )
+        texts = []
+        for example in examples:
+            ended = [text if text.endswith(eos) else text + eos for text in example.completions]
+            texts += [example.prompt, *(example.prompt + text for text in ended)]
+        tokenized = iter(self.tokenizer(text=texts)["input_ids"])
+        return [[next(tokenized) for _ in range(1 + len(example.completions))] for example in examples]
+
+    def _tokenize_conversations(self, examples: list[Example], indices: list[int]) -> list[list[list[int]]]:
+        """The same for conversations whose template arguments are equal."""
+        arguments = examples[0].template_arguments
+        if "chat_template" not in arguments and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "tokenizer: it has no chat_template, which conversational rows need; use an instruct model's "
+                "tokenizer, set tokenizer.chat_template, or give prompt, chosen and rejected as plain text"
+            )
+        whole = [example.prompt + completion for example in examples for completion in example.completions]
+        try:
+            prompts = self._render([example.prompt for example in examples], add_generation_prompt=True, **arguments)
+            tokenized = iter(self._render(whole, **arguments))
+        except Exception as error:
+            # A template may refuse a conversation with any exception: find the row to name it.
+            if len(examples) == 1:
+                raise ValueError(f"{self.name} dataset, row {indices[0]}: the chat template failed: {error}") from error
+            pairs = zip(examples, indices, strict=True)
+            return [ids for example, index in pairs for ids in self._tokenize_conversations([example], [index])]
+        pairs = zip(examples, prompts, strict=True)
+        return [[prompt, *(next(tokenized) for _ in example.completions)] for example, prompt in pairs]
+
+    def _render(self, conversations: list[list[dict]], **arguments: Any) -> list[list[int]]:
+        output = self.tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **arguments)
+        return output["input_ids"]
+
+
+def _common_prefix_length(left: list[int], right: list[int]) -> int:
+    if right[: len(left)] == left:
+        return len(left)
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(right))
+
+
+def _reference_logps(row: Row) -> list[float]:
+    values = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
+    if not all(value is not None and math.isfinite(value) for value in values):
+        raise ValueError(f"columns 'ref_chosen_logps', 'ref_rejected_logps': expected finite numbers, got {values}")
+    return values
+
+
+def _group(prompt: list[int], completions: list[list[int]], comparisons: list, lost_prompt: str = "") -> Row:
+    return {
+        "prompt_ids": prompt,
+        "completion_ids": completions,
+        "comparisons": comparisons,
+        "comparison_weights": [1.0] * len(comparisons),
+        "context_lengths": [0] * len(completions),
+        "lost_prompt": lost_prompt,
+    }

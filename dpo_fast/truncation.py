@@ -1,0 +1,168 @@
+"""Whole preference groups → groups that fit `max_length` and carry signal.
+
+`keep_start` keeps the first max_length tokens of prompt+completion, and drops a group whose prompt alone fills them.
+`keep_end` keeps the last ones. Completions that lose different parts of the prompt no longer share one: each then
+carries what is left of it as its own context. These are TRL 1.16's rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_fast.groups import PreferenceGroup
+
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
+# Why a row, or a single comparison, was dropped.
+NO_PROMPT = "no prompt"
+ALL_TIES = "all ties"
+PROMPT_TOO_LONG = "prompt fills max_length"
+EMPTY_COMPLETION = "empty completion"
+IDENTICAL_COMPLETIONS = "identical completions"
+STAYS = ", in a group that stays"
+
+FIELDS = tuple(field.name for field in fields(PreferenceGroup))
+# Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
+CODE = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
+
+
+def group_from_row(row: dict[str, Any]) -> PreferenceGroup:
+    """The group of a row, with the columns that it leaves out filled in."""
+    group = PreferenceGroup.from_row(row)
+    weights = row.get("comparison_weights")
+    return replace(
+        group,
+        comparison_weights=[1.0] * len(group.comparisons) if weights is None else weights,
+        context_lengths=list(group.contexts),
+    )
+
+
+def truncate(group: PreferenceGroup, max_length: int | None, truncation_mode: str) -> PreferenceGroup:
+    """`group` with every prompt+completion cut to `max_length` tokens; None leaves it whole.
+
+    With `keep_start` the prompt must be shorter than `max_length`.
+    """
+    prompt = group.prompt_ids
+    longest = np.inf if max_length is None else max_length
+    excess = [max(0, len(prompt) + len(ids) - longest) for ids in group.completion_ids]
+    if not any(excess):
+        return group
+    if truncation_mode == "keep_start":
+        return replace(group, completion_ids=[ids[: max_length - len(prompt)] for ids in group.completion_ids])
+    if len(set(excess)) == 1 and excess[0] <= len(prompt):
+        return replace(group, prompt_ids=prompt[excess[0] :])
+    return replace(
+        group,
+        prompt_ids=[],
+        completion_ids=[[*prompt, *ids][cut:] for ids, cut in zip(group.completion_ids, excess, strict=True)],
+        context_lengths=[max(0, len(prompt) + n - cut) for n, cut in zip(group.contexts, excess, strict=True)],
+    )
+
+
+def keep_signal(group: PreferenceGroup) -> tuple[PreferenceGroup, list[int], list[str]]:
+    """Drops comparisons that teach nothing, and completions that no comparison is left for.
+
+    Returns:
+        The group, the indices of the completions that stay, and one reason for each comparison dropped.
+    """
+    unpredicted = 0 if group.prompt_ids else 1  # nothing predicts the first token of a sequence
+    keys = list(zip(group.contexts, group.completion_ids, strict=True))
+    empty = [len(ids) <= max(context, unpredicted) for context, ids in keys]
+    kept, reasons = [], []
+    for (winner, loser), weight in zip(group.comparisons, group.comparison_weights, strict=True):
+        if empty[winner] or empty[loser]:
+            reasons.append(EMPTY_COMPLETION)
+        elif keys[winner] == keys[loser]:
+            reasons.append(IDENTICAL_COMPLETIONS)
+        else:
+            kept.append((winner, loser, weight))
+    used = sorted({index for winner, loser, _ in kept for index in (winner, loser)})
+    place = {index: k for k, index in enumerate(used)}
+    group = replace(
+        group,
+        completion_ids=[group.completion_ids[k] for k in used],
+        comparisons=[(place[winner], place[loser]) for winner, loser, _ in kept],
+        comparison_weights=[weight for *_, weight in kept],
+        context_lengths=[group.contexts[k] for k in used],
+        ref_logps=None if group.ref_logps is None else [group.ref_logps[k] for k in used],
+    )
+    return group, used, reasons
+
+
+class TruncateRows:
+    """A batch of rows that hold whole groups → as many rows that hold what is used of them, and an account of the rest.
+
+    A dropped row comes back without comparisons. `reasons` names why it, or single comparisons of it, were dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_length: int | None,
+        truncation_mode: str,
+        vocab_size: int | None,
+        eos_token_id: int | None,
+        name: str,
+    ):
+        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
+        self.name, self.code = name, CODE
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        results = [self._row(group_from_row(row), index) for row, index in zip(rows, indices, strict=True)]
+        return {column: [result[column] for result in results] for column in results[0]}
+
+    def _row(self, whole: PreferenceGroup, index: int) -> dict[str, Any]:
+        self._check(whole, f"{self.name} dataset, row {index}")
+        longest = np.inf if self.max_length is None else self.max_length
+        if self.truncation_mode == "keep_start" and len(whole.prompt_ids) >= longest:
+            return self._dropped(whole, PROMPT_TOO_LONG)
+        if not whole.completion_ids:
+            return self._dropped(whole, NO_PROMPT)
+        if not whole.comparisons:
+            return self._dropped(whole, ALL_TIES)
+        group, used, reasons = keep_signal(truncate(whole, self.max_length, self.truncation_mode))
+        if not group.comparisons:
+            return self._dropped(whole, reasons[0])
+
+        truncated = lost_eos = 0
+        for k, ids in zip(used, group.completion_ids, strict=True):
+            cut = len(whole.prompt_ids) + len(whole.completion_ids[k]) - len(group.prompt_ids) - len(ids)
+            truncated += cut > 0
+            if cut and self.truncation_mode == "keep_start":
+                lost_eos += self.eos_token_id in whole.completion_ids[k][len(ids) :]
+        account = {"truncated": truncated, "lost_eos": lost_eos, "reasons": [reason + STAYS for reason in reasons]}
+        return {**_columns(group), **account}
+
+    def _dropped(self, group: PreferenceGroup, reason: str) -> dict[str, Any]:
+        return {**{column: [] for column in _columns(group)}, "truncated": 0, "lost_eos": 0, "reasons": [reason]}
+
+    def _check(self, group: PreferenceGroup, where: str) -> None:
+        count = len(group.completion_ids)
+        if any(not 0 <= index < count for pair in group.comparisons for index in pair):
+            raise ValueError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
+        if len(group.comparison_weights) != len(group.comparisons):
+            found = f"{len(group.comparison_weights)} for {len(group.comparisons)} comparisons"
+            raise ValueError(f"{where}: column 'comparison_weights' holds {found}; give one for each")
+        for column in ("context_lengths", "ref_logps"):
+            values = getattr(group, column)
+            if values is not None and len(values) != count:
+                raise ValueError(f"{where}: column {column!r} holds {len(values)} for {count} completions")
+        for ids in (group.prompt_ids, *group.completion_ids):
+            if ids and (min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size)):
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                size = "" if self.vocab_size is None else f" of {self.vocab_size} entries"
+                raise ValueError(
+                    f"{where}: token id {wrong} is outside the model's vocabulary{size}; use the model's own "
+                    "tokenizer, or resize its embeddings when tokens were added"
+                )
+
+
+def _columns(group: PreferenceGroup) -> dict[str, Any]:
+    return {field: getattr(group, field) for field in FIELDS if getattr(group, field) is not None}

@@ -1,0 +1,100 @@
+"""The products of the LM head, with their sums in fp32 whatever the dtype of the factors.
+
+    logits(x, w) = x·wᵀ in fp32        product(a, b) = a·b        accumulate(acc, a, b) = acc + a·b in fp32
+
+float64 factors give float64. On CUDA the library hands over its fp32 accumulator. A CPU has no such call: there, bf16
+factors are cast to fp32 in blocks that stay in the cache, and for the length of one product oneDNN is told that it may
+round fp32 factors to bf16. These lose nothing by it, so the result is the fp32 product at a third of its time; on a CPU
+without bf16 units it is the fp32 product as it is. fp16 factors are held in fp32 on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CPU_BLOCK = 2048  # columns of the vocabulary that are cast at a time
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Products in one compute dtype on one kind of device.
+
+    Attributes:
+        dtype: compute dtype, that the factors are rounded to.
+        device_type: "cuda", "cpu", …
+    """
+
+    dtype: torch.dtype
+    device_type: str
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What the factors of a product are held in."""
+        return torch.float32 if self.dtype == torch.float16 and self.device_type != "cuda" else self.dtype
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def factor(self, tensor: Tensor) -> Tensor:
+        """Returns `tensor` rounded to the compute dtype and held as the products take it."""
+        return tensor.to(self.dtype).to(self.factor_dtype)
+
+    def logits(
+        self,
+        x: Tensor,  # [N, H]
+        w: Tensor,  # [V, H]
+        out: Tensor,  # [N, V]
+    ) -> Tensor:
+        if self.factor_dtype == self.sum_dtype:
+            return torch.mm(x, w.t(), out=out)
+        if self.device_type == "cuda":
+            return torch.mm(x, w.t(), out_dtype=self.sum_dtype, out=out)
+        x = x.to(self.sum_dtype)
+        with _bf16_factors():
+            for columns in _column_blocks(w.shape[0]):
+                torch.mm(x, w[columns].to(self.sum_dtype).t(), out=out[:, columns])
+        return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns a·b, in fp32 on CUDA and in the factors' dtype on a CPU."""
+        if self.device_type == "cuda" and self.factor_dtype != self.sum_dtype:
+            return torch.mm(a, b, out_dtype=self.sum_dtype)  # a long sum may be split, and its parts not be rounded
+        return torch.mm(a, b)
+
+    def accumulate(
+        self,
+        acc: Tensor,  # [V, H]
+        d: Tensor,  # [N, V]
+        x: Tensor,  # [N, H]
+    ) -> None:
+        """Adds dᵀ·x to `acc` in place."""
+        if self.factor_dtype == self.sum_dtype:
+            acc.addmm_(d.t(), x)
+        elif self.device_type == "cuda":
+            torch.addmm(acc, d.t(), x, out_dtype=self.sum_dtype, out=acc)
+        else:
+            x = x.to(self.sum_dtype)
+            with _bf16_factors():
+                for columns in _column_blocks(d.shape[1]):
+                    acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x)
+
+
+def _column_blocks(vocabulary: int) -> Iterator[slice]:
+    return (slice(start, start + _CPU_BLOCK) for start in range(0, vocabulary, _CPU_BLOCK))
+
+
+@contextmanager
+def _bf16_factors() -> Iterator[None]:
+    """Lets oneDNN round the fp32 factors of a product to bf16. The setting is the process's, and is put back."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -1,0 +1,157 @@
+"""DPOConfig keeps TRL's names and defaults, and refuses what cannot work with a message that says what to do."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from dpo_fast.arguments import TRL_ONLY
+from dpo_fast.config import DPOConfig
+from dpo_fast.losses import LOSSES
+
+DIFFERENT_FROM_TRL = {
+    "logging_nan_inf_filter": False,  # its check waits for the device in every step
+}
+
+
+def make(tmp_path, **options):
+    return DPOConfig(output_dir=str(tmp_path), report_to="none", **options)
+
+
+def default(field):
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
+    trl = pytest.importorskip("trl")
+    ours = {field.name: default(field) for field in dataclasses.fields(DPOConfig)}
+    for field in dataclasses.fields(trl.DPOConfig):
+        if field.name in TRL_ONLY:
+            assert field.name not in ours and TRL_ONLY[field.name] == default(field), field.name
+        else:
+            assert ours[field.name] == DIFFERENT_FROM_TRL.get(field.name, default(field)), field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"beta": 0}, "beta=0 must be a finite number above 0"),
+        ({"beta": float("inf")}, "beta=inf"),
+        ({"beta": float("nan")}, "beta=nan"),
+        ({"beta": None}, "beta=None"),
+        ({"loss_type": "sigmod"}, "loss_type='sigmod' is not known; choose from .*'sigmoid'"),
+        ({"loss_type": ["sigmoid", "nope"]}, "loss_type='nope'"),
+        ({"loss_type": []}, "at least one loss"),
+        ({"loss_weights": [1.0, 2.0]}, r"loss_weights=\[1.0, 2.0\] must list one weight for each of the 1 loss"),
+        ({"loss_weights": 1.0}, "loss_weights=1.0 must list"),
+        ({"loss_weights": [float("nan")]}, "finite"),
+        ({"label_smoothing": 0.5}, r"label_smoothing=0.5 must lie in \[0, 0.5\)"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+        ({"max_length": 1}, "max_length=1 must be an integer of at least 2"),
+        ({"max_length": 12.5}, "max_length=12.5"),
+        ({"truncation_mode": "middle"}, "truncation_mode='middle'.*'keep_start', 'keep_end'"),
+        ({"layout": "packed"}, "layout='packed'.*'auto', 'shared', 'padded'"),
+        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch=0 must be an integer of at least 1"),
+        ({"precompute_ref_batch_size": -1}, "precompute_ref_batch_size=-1"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc=0"),
+        ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of='many'"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+        ({"model_init_kwargs": "revision"}, "model_init_kwargs='revision' is not a mapping"),
+    ],
+)
+def test_refuses_what_cannot_work(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_accepts_every_loss_that_exists_as_text_too(tmp_path, name):
+    assert make(tmp_path, loss_type=name).loss_type == [name]
+
+
+def test_bounds_themselves_are_allowed(tmp_path):
+    config = make(
+        tmp_path,
+        max_length=2,
+        label_smoothing=0,
+        max_tokens_per_micro_batch=1,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[0, -1],
+    )
+    assert (config.max_length, config.loss_weights) == (2, [0, -1])
+    assert make(tmp_path, max_length=None).max_length is None
+
+
+@pytest.mark.parametrize(("given", "kept"), [("auto", None), (None, None), ("none", None), ("64", 64), (8, 8)])
+def test_pad_to_multiple_of_reads_text_from_the_command_line(tmp_path, given, kept):
+    assert make(tmp_path, pad_to_multiple_of=given).pad_to_multiple_of == kept
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "expected"),
+    [
+        (True, {}, True),
+        (True, {"fp16": True}, False),
+        (True, {"use_cpu": True}, False),
+        (True, {"bf16": False}, False),
+        (False, {}, False),
+    ],
+)
+def test_bf16_is_on_by_default_only_on_a_gpu_that_has_it(tmp_path, monkeypatch, gpu, options, expected):
+    seen = {}
+    monkeypatch.setattr("dpo_fast.config._gpu_supports_bf16", lambda: gpu)
+    # What transformers makes of it (and whether this machine could run it) is not the question here.
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: seen.update(bf16=self.bf16))
+    make(tmp_path, **options)
+    assert seen["bf16"] is expected
+
+
+def test_bf16_asks_for_support_in_hardware(monkeypatch):
+    from dpo_fast.config import _gpu_supports_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not _gpu_supports_bf16()
+
+
+def test_cpu_trains_in_fp32_unless_told(tmp_path):
+    assert make(tmp_path, use_cpu=True).bf16 is False
+    assert make(tmp_path, use_cpu=True, bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_reaches_its_new_name_without_a_warning(tmp_path, wanted):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        config = make(tmp_path, gradient_checkpointing=wanted)
+    assert config.gradient_checkpointing is wanted
+    if hasattr(config, "activation_checkpointing"):  # since transformers 5.2x
+        assert config.activation_checkpointing is wanted
+        assert make(tmp_path, activation_checkpointing=not wanted).gradient_checkpointing is not wanted
+
+
+def test_columns_are_never_removed(tmp_path):
+    assert make(tmp_path, remove_unused_columns=True).remove_unused_columns is False
+
+
+def test_survives_the_ways_in_which_trainer_copies_it(tmp_path):
+    config = make(tmp_path, model_init_kwargs='{"revision": "v1"}', loss_type="ipo", beta=0.3, max_length=77)
+    assert config.model_init_kwargs == {"revision": "v1"}
+    written = json.loads(config.to_json_string())
+    assert (written["loss_type"], written["beta"], written["max_length"]) == (["ipo"], 0.3, 77)
+    again = dataclasses.replace(config, beta=0.4)
+    assert (again.beta, again.loss_type, again.bf16) == (0.4, ["ipo"], config.bf16)
+
+
+def test_every_own_field_explains_itself():
+    text = HfArgumentParser(DPOConfig).format_help()  # raises when a help text has a bare percent sign
+    own = set(DPOConfig.__annotations__)
+    assert {"layout", "max_tokens_per_micro_batch", "group_by_prompt", "reference_cache_dir"} <= own
+    for field in dataclasses.fields(DPOConfig):
+        if field.name in own:
+            assert f"--{field.name}" in text and field.metadata["help"], field.name
+    for name in ("padding_free", "precompute_ref_log_probs", "remove_unused_columns"):
+        assert "without effect" in DPOConfig.__dataclass_fields__[name].metadata["help"]

@@ -1,0 +1,240 @@
+"""Log-probs and gradients of one tile of logits, in PyTorch and in Triton: as near the truth as eager PyTorch, row by
+row.
+
+The same checks run on `row_logps_torch` here, on the Triton kernels under Triton's interpreter in a process of its own,
+and on a GPU with `-m gpu`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_fast_kernels import row_logps_torch
+from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.reference import row_gradient_reference, row_logps_reference
+from numerics import assert_close_to_truth
+
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(scale=-0.3, temperature=0.7),
+    "capped": LogitTransform(scale=1.5, softcap=5.0, temperature=1.3),
+}
+SIZES = [(63, 507), (7, 1003), (1, 1), (5, 8)]
+FIELDS = ("logps", "entropy", "mean_logit", "is_top1")
+
+
+def tile(n: int, v: int, dtype: torch.dtype, biased: bool, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(1000 * n + v)
+    z = (3 * torch.randn(n, v, generator=generator)).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[::3] = z.float().argmax(-1)[::3]  # random targets are hardly ever the most likely token
+    bias = torch.randn(v, generator=generator).to(dtype) if biased else None
+    return z.to(device), targets.to(device), bias if bias is None else bias.to(device)
+
+
+def total(z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z + bias in `dtype`, on the CPU."""
+    return z.cpu().to(dtype) if bias is None else z.cpu().to(dtype) + bias.cpu().to(dtype)
+
+
+def check_forward(row_ops: ModuleType, n, v, dtype, transform, biased, device="cpu") -> None:
+    z, targets, bias = tile(n, v, dtype, biased, device)
+    before = z.clone()
+    actual, lse = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=True)
+    assert torch.equal(z, before), "the forward must leave the tile as it is"
+    eager = row_logps_reference(total(z, bias, torch.float32), targets.cpu(), transform, statistics=True)
+    truth = row_logps_reference(total(z, bias, torch.float64), targets.cpu(), transform, statistics=True)
+    for name in FIELDS[:3]:
+        assert_close_to_truth(getattr(actual, name), getattr(eager, name), getattr(truth, name), name)
+    assert torch.equal(actual.is_top1.cpu(), truth.is_top1)
+    logits = transform(total(z, bias, torch.float64))
+    assert_close_to_truth(lse, logits.float().logsumexp(-1), logits.logsumexp(-1), "lse")
+    lean, _ = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=False)
+    assert torch.equal(lean.logps, actual.logps)
+    assert lean[1:] == (None, None, None)
+
+
+def check_gradient(row_ops: ModuleType, n, v, dtype, transform, biased, device="cpu") -> None:
+    z, targets, bias = tile(n, v, dtype, biased, device)
+    coefficient = torch.linspace(-2, 1.7, n, device=device)
+    coefficient[n // 2] = 0
+    result, lse = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=False)
+    known = {"transform": transform, "logps": result.logps, "lse": lse}
+    single, double = total(z, bias, torch.float32), total(z, bias, torch.float64)
+
+    eager = row_gradient_reference(single, targets.cpu(), transform).to(dtype)
+    truth = row_gradient_reference(double, targets.cpu(), transform)
+    elsewhere = torch.full_like(z, torch.nan)
+    row_ops.row_logps_bwd(z.clone(), targets, bias, out=elsewhere, **known)
+    assert_close_to_truth(elsewhere, eager, truth, "D")
+    fused = torch.full_like(z, torch.nan)
+    again = row_ops.row_logps_fwd_bwd(z.clone(), targets, bias, transform=transform, statistics=False, out=fused)
+    assert torch.equal(again.logps, result.logps)
+    assert_close_to_truth(fused, eager, truth, "D of the fused pass")
+
+    eager = row_gradient_reference(single, targets.cpu(), transform, coefficient.cpu()).to(dtype)
+    truth = row_gradient_reference(double, targets.cpu(), transform, coefficient.cpu().double())
+    z[n // 2] = torch.nan
+    row_ops.row_logps_bwd(z, targets, bias, out=z, coefficient=coefficient, **known)
+    assert torch.equal(z[n // 2], torch.zeros_like(z[n // 2])), "a row with coefficient 0 must be 0 whatever it held"
+    assert_close_to_truth(z, eager, truth, "coefficient · D, in place")
+
+
+def check_masked_vocabulary(row_ops: ModuleType, device="cpu") -> None:
+    """A bias of −inf takes words out of the vocabulary, whole blocks of them too."""
+    z, targets, _ = tile(5, 1003, torch.float32, False, device)
+    bias = torch.zeros(1003, device=device)
+    bias[:600] = -torch.inf
+    targets = targets % 403 + 600
+    actual, lse = row_ops.row_logps_fwd(z, targets, bias, transform=LogitTransform(), statistics=True)
+    eager, truth = (
+        row_logps_reference(z[:, 600:].cpu().to(dtype), targets.cpu() - 600, statistics=True)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close_to_truth(actual.logps, eager.logps, truth.logps, "logps")
+    assert_close_to_truth(actual.entropy, eager.entropy, truth.entropy, "entropy")
+    assert torch.equal(actual.mean_logit.cpu(), torch.full((5,), -torch.inf))
+    row_ops.row_logps_bwd(z, targets, bias, actual.logps, lse, transform=LogitTransform(), out=z)
+    assert (z[:, :600] == 0).all()
+    assert torch.isfinite(z).all()
+
+
+def check_confident_target(row_ops: ModuleType, device="cpu") -> None:
+    """Where p is almost 1, 1 − p must come from the log-prob without cancellation."""
+    margins = torch.tensor([2.0, 7.0, 9.0, 12.0, 14.0], device=device)
+    z = torch.zeros(5, 100, device=device)
+    targets = torch.arange(5, device=device) * 20
+    z[torch.arange(5), targets] = margins
+    result, lse = row_ops.row_logps_fwd(z, targets, None, transform=LogitTransform(), statistics=False)
+    row_ops.row_logps_bwd(z, targets, None, result.logps, lse, transform=LogitTransform(), out=z)
+    expected = -torch.expm1(result.logps.double())
+    assert ((z.double()[torch.arange(5), targets] - expected).abs() <= 4e-7 * expected).all()
+
+
+def check_far_rows(row_ops: ModuleType, device="cpu") -> None:
+    """Rows that lie 2³¹ elements apart."""
+    memory = torch.empty(2**31 + 1003, dtype=torch.float16, device=device)  # two rows of it are ever touched
+    z, targets, _ = tile(2, 1003, torch.float16, False, device)
+    far = memory.as_strided((2, 1003), (2**31, 1)).copy_(z)
+    near, lse = row_ops.row_logps_fwd(z, targets, None, transform=LogitTransform(), statistics=False)
+    assert torch.equal(
+        row_ops.row_logps_fwd(far, targets, None, transform=LogitTransform(), statistics=False)[0].logps, near.logps
+    )
+    for rows in (z, far):
+        row_ops.row_logps_bwd(rows, targets, None, near.logps, lse, transform=LogitTransform(), out=rows)
+    assert torch.equal(far, z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("n, v", SIZES)
+@pytest.mark.parametrize("check", [check_forward, check_gradient])
+def test_torch(check, n, v, dtype, transform, biased, monkeypatch):
+    monkeypatch.setattr(row_logps_torch, "_CPU_BLOCK", 10 * v)  # blocks of 10 rows on one thread, the last one short
+    check(row_logps_torch, n, v, dtype, transform, biased)
+
+
+@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target])
+def test_torch_edges(check):
+    check(row_logps_torch)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_reference_gradient_is_the_derivative(transform):
+    z, targets, _ = tile(4, 11, torch.float64, False)
+    coefficient = torch.tensor([1.0, -0.5, 0.0, 3.0], dtype=torch.float64)
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: row_logps_reference(z, targets, transform).logps, z)
+    (derivative,) = torch.autograd.grad(row_logps_reference(z, targets, transform).logps @ coefficient, z)
+    formula = row_gradient_reference(z.detach(), targets, transform, coefficient)
+    assert torch.allclose(formula, derivative, rtol=1e-12, atol=1e-14)
+
+
+def test_reference_statistics_by_hand():
+    z = torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64)
+    result = row_logps_reference(z, torch.tensor([1]), LogitTransform(scale=3.0, temperature=1.5), statistics=True)
+    p = torch.tensor([1.0, torch.tensor(4.0).exp(), torch.tensor(2.0).exp()], dtype=torch.float64)
+    p = p / p.sum()
+    assert torch.allclose(result.logps, p[1:2].log(), atol=1e-7)
+    assert torch.allclose(result.entropy, -(p * p.log()).sum()[None], atol=1e-7)
+    assert result.mean_logit.item() == pytest.approx(2.0)  # logits 0, 4, 2
+    assert result.is_top1.tolist() == [True]
+    assert row_logps_reference(z, torch.tensor([2]), statistics=True).is_top1.tolist() == [False]
+
+
+def test_capped_logits_by_hand():
+    transform = LogitTransform(scale=2.0, softcap=30.0, temperature=0.5)
+    z = torch.tensor([-40.0, 0.0, 3.0], dtype=torch.float64)
+    assert torch.allclose(transform(z), 30 * torch.tanh(2 * z / 30) / 0.5, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [("scale", 0.0), ("scale", float("inf")), ("softcap", 0.0), ("softcap", -30.0), ("softcap", float("nan"))]
+    + [("temperature", 0.0), ("temperature", -1.0), ("temperature", float("inf"))],
+)
+def test_transform_names_a_bad_value(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        LogitTransform(**{argument: value})
+
+
+def interpreted_checks() -> int:
+    """Runs the checks on the Triton kernels, in blocks small enough that rows take several; returns how many ran."""
+    from dpo_fast_kernels import row_logps
+
+    row_logps._CONFIGS[9] = (256, 8)
+    cases = itertools.product(
+        (check_forward, check_gradient), (torch.float32, torch.float16), TRANSFORMS.values(), (False, True)
+    )
+    count = 0
+    for check, dtype, transform, biased in cases:
+        check(row_logps, 3, 507, dtype, transform, biased)
+        count += 1
+    check_forward(row_logps, 2, 1, torch.float32, LogitTransform(), True)
+    check_gradient(row_logps, 2, 1003, torch.float32, TRANSFORMS["capped"], True)
+    for check in (check_masked_vocabulary, check_confident_target, check_far_rows):
+        check(row_logps)
+    return count + 5
+
+
+def test_triton_kernels_interpreted():
+    pytest.importorskip("triton", reason="Triton does not exist on this platform")
+    program = "import test_row_logps; print('checks', test_row_logps.interpreted_checks())"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["checks", "29"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("n, v", [*SIZES, (100, 49153), (33, 128256)])
+@pytest.mark.parametrize("check", [check_forward, check_gradient])
+def test_triton_on_gpu(check, n, v, dtype, transform, biased):
+    from dpo_fast_kernels import row_logps
+
+    check(row_logps, n, v, dtype, transform, biased, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target, check_far_rows])
+def test_triton_edges_on_gpu(check):
+    from dpo_fast_kernels import row_logps
+
+    check(row_logps, "cuda")

@@ -1,0 +1,139 @@
+"""20 steps in fp32 equal TRL 1.16's: every loss, full and LoRA, with and without precomputed references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.trainer import DPOTrainer
+from families import tiny_model, tiny_tokenizer
+from test_trainer import pairs
+
+trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+STEPS = 20
+SHARED_METRICS = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "entropy",
+    "mean_token_accuracy",
+    *(f"logits/{side}" for side in ("chosen", "rejected")),
+    *(f"logps/{side}" for side in ("chosen", "rejected")),
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
+]
+# A metric near zero is a difference of larger numbers: it is compared on the scale of those.
+SCALE_OF_DIFFERENCES = 0.02
+TOLERANCE = 1e-3
+
+CONFIGURATIONS = {
+    "sigmoid": {},
+    "hinge": {"loss_type": ["hinge"]},
+    "ipo": {"loss_type": ["ipo"]},
+    "sft": {"loss_type": ["sft"]},
+    "mix": {"loss_type": ["sigmoid", "sft", "ipo"], "loss_weights": [0.8, 0.3, 0.01]},
+}
+
+
+def run(trainer_class, config_class, folder, name, lora, **options):
+    """Trains a fresh copy of the same tiny model and returns its log, one row a step."""
+    args = config_class(
+        output_dir=str(folder / name),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=3e-4,
+        logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        max_length=20,
+        **options,
+    )
+    config = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "up_proj"])
+    trainer = trainer_class(
+        model=str(folder / "model"),
+        args=args,
+        train_dataset=pairs(40),
+        eval_dataset=pairs(8, seed=5),
+        processing_class=tiny_tokenizer(),
+        peft_config=config if lora else None,
+    )
+    trainer.train()
+    trainer.evaluate()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_model("mixtral", router_aux_loss_coef=0.02).save_pretrained(folder / "moe" / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """Our runs, one for each configuration: they do not depend on how TRL gets its references."""
+    runs = {}
+
+    def get(name: str, lora: bool):
+        if (name, lora) not in runs:
+            options = {**CONFIGURATIONS[name], "reference_cache_dir": str(folder / "reference")}
+            runs[name, lora] = run(DPOTrainer, DPOConfig, folder, "ours", lora, **options)
+        return runs[name, lora]
+
+    return get
+
+
+def assert_same_log(ours, theirs, names, prefix=""):
+    rows = [[row for row in log.state.log_history if f"{prefix}loss" in row] for log in (ours, theirs)]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for step, (mine, other) in enumerate(zip(*rows, strict=True)):
+        for name in (f"{prefix}{name}" for name in names):
+            bound = TOLERANCE * max(abs(other[name]), SCALE_OF_DIFFERENCES if "rewards" in name else 0.0) + 1e-7
+            assert abs(mine[name] - other[name]) <= bound, f"step {step}: {name} {mine[name]} against {other[name]}"
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_twenty_steps_equal_trl(folder, ours, name, lora, precompute):
+    theirs = run(
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        folder,
+        "theirs",
+        lora,
+        precompute_ref_log_probs=precompute,
+        **CONFIGURATIONS[name],
+    )
+    mine = ours(name, lora)
+    assert_same_log(mine, theirs, SHARED_METRICS)
+    held_out = [name for name in SHARED_METRICS if name not in ("grad_norm", "learning_rate", "epoch")]
+    assert_same_log(mine, theirs, held_out, prefix="eval_")
+    for (parameter_name, a), b in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), parameter_name
+
+
+def test_mixture_of_experts_equals_trl_with_its_load_balancing_loss(folder):
+    options = {"reference_cache_dir": str(folder / "reference")}
+    mine = run(DPOTrainer, DPOConfig, folder / "moe", "ours", False, **options)
+    theirs = run(trl.DPOTrainer, trl.DPOConfig, folder / "moe", "theirs", False)
+    assert_same_log(mine, theirs, [*SHARED_METRICS, "aux_loss"])
+
+
+def test_tokens_are_counted_once_a_prompt(folder, ours):
+    """`num_tokens` is what the model ran on: TRL's count less the second copy of every prompt."""
+    theirs = run(trl.DPOTrainer, trl.DPOConfig, folder, "theirs", False)
+    mine = ours("sigmoid", False)
+    (our_log,), (their_log,) = (
+        [row for row in trainer.state.log_history if "loss" in row][-1:] for trainer in (mine, theirs)
+    )
+    lengths = [len(ids) for ids in mine.train_dataset["prompt_ids"]]
+    assert their_log["num_tokens"] - our_log["num_tokens"] == 2 * sum(lengths), "40 rows, 20 steps of 4: two epochs"
