@@ -69,8 +69,8 @@ def _row_logps_fwd_kernel(
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     z_ptr += pid_n * stride_zn
-    inner = inner.to(tl.float32)
-    outer = outer.to(tl.float32)
+    inner = tl.cast(inner, tl.float32)
+    outer = tl.cast(outer, tl.float32)
 
     peak = -float("inf")
     total = 0.0  # Σ exp(x − peak)
@@ -130,9 +130,9 @@ def _row_logps_bwd_kernel(
     pid_n = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    inner = inner.to(tl.float32)
-    outer = outer.to(tl.float32)
-    slope = slope.to(tl.float32)
+    inner = tl.cast(inner, tl.float32)
+    outer = tl.cast(outer, tl.float32)
+    slope = tl.cast(slope, tl.float32)
 
     bounded = _load_bounded(z_ptr + pid_n * stride_zn, bias_ptr, offs_v, mask_v, inner, HAS_BIAS, HAS_SOFTCAP)
     target = tl.load(targets_ptr + pid_n)

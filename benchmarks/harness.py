@@ -1,0 +1,73 @@
+"""What every benchmark needs: hardware and versions it ran on, medians with their spread, a dated result file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "liger-kernel")
+
+
+def hardware() -> str:
+    """A short name of the machine, fit for a file name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-{_cpu_features()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cpu_features() -> str:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    return next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, commit and command line: what a figure must be quoted with."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "commit": commit,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median with the 20th and 80th percentile."""
+    if len(values) == 1:
+        return {"median": values[0], "p20": values[0], "p80": values[0], "count": 1}
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "count": len(values)}
+
+
+def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `<date>_<hardware>_<question>.json` and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.date.today().isoformat()}_{hardware()}_{question}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
