@@ -26,7 +26,7 @@ bench: env
 # Uses the packages that PYTHON has. They may not include this one, and the repository root must stay off sys.path.
 gpu: build/gpu-path
 	PYTHONPATH=$(CURDIR)/build/gpu-path $(PYTHON) -P -m pytest -m gpu
-	PYTHONPATH=$(CURDIR)/build/gpu-path $(PYTHON) benchmarks/bench_gpu_smoke.py --out $(RESULTS)
+	PYTHONPATH=$(CURDIR)/build/gpu-path $(PYTHON) benchmarks/bench_layout.py --out $(RESULTS)
 
 build/gpu-path:
 	mkdir -p $@ && ln -s $(CURDIR)/dpo_fast $(CURDIR)/kernels/dpo_fast_kernels $@

@@ -60,16 +60,10 @@ def main() -> None:
     result = _summary(options, reports)
     _print_table(result)
     if not options.no_result:
-        kind = "lora" if options.lora else "full"
-        question = (
-            f"train-{kind}-{options.precision}-len{options.max_length}-b{options.batch_size}-vs-{options.against}"
-        )
-        print("written to", write_result(question, result))
-    print(
-        json.dumps(
-            {"speedup": result["speedup"], **{name: r["pairs_per_second"] for name, r in result["sides"].items()}}
-        )
-    )
+        what = f"{'lora' if options.lora else 'full'}-{options.precision}-len{options.max_length}-b{options.batch_size}"
+        print("written to", write_result(f"train-{what}-vs-{options.against}", result))
+    rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
+    print(json.dumps({"speedup": result["speedup"], "pairs_per_second": rates, "settings": result["settings"]}))
 
 
 class _Side:
@@ -284,9 +278,7 @@ def _check_losses(reports: dict[str, dict[str, Any]], tolerance: float) -> None:
     (name, ours), (other, theirs) = reports.items()
     for step, (a, b) in enumerate(zip(ours["losses"], theirs["losses"], strict=True)):
         if abs(a - b) > tolerance * abs(b):
-            sys.exit(
-                f"step {step}: {name} has loss {a}, {other} has {b}: nothing is timed that does not compute the same"
-            )
+            sys.exit(f"step {step}: {name} has loss {a}, {other} has {b}; what computes something else is not timed")
 
 
 def _summary(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:

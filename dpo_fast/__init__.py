@@ -1,1 +1,57 @@
-"""dpo_fast: train language models with Direct Preference Optimization, fast."""
+"""dpo_fast: train language models with Direct Preference Optimization, fast.
+
+Names are imported when they are first used, so that importing this package loads neither Triton nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpo_fast.attention import use_shared_prefix
+    from dpo_fast.config import DPOConfig
+    from dpo_fast.data import load_preference_dataset, prepare_dataset
+    from dpo_fast.forward import PackedOutput, add_dpo_forward
+    from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
+    from dpo_fast.losses import LOSSES, Comparisons, LossParameters, preference_loss
+    from dpo_fast.trainer import DPOCollator, DPOTrainer
+
+_MODULES = {
+    "attention": ("use_shared_prefix",),
+    "config": ("DPOConfig",),
+    "data": ("load_preference_dataset", "prepare_dataset"),
+    "forward": ("PackedOutput", "add_dpo_forward"),
+    "groups": ("PackedBatch", "PreferenceGroup", "pack"),
+    "losses": ("LOSSES", "Comparisons", "LossParameters", "preference_loss"),
+    "trainer": ("DPOCollator", "DPOTrainer"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "LOSSES",
+    "Comparisons",
+    "DPOCollator",
+    "DPOConfig",
+    "DPOTrainer",
+    "LossParameters",
+    "PackedBatch",
+    "PackedOutput",
+    "PreferenceGroup",
+    "add_dpo_forward",
+    "load_preference_dataset",
+    "pack",
+    "preference_loss",
+    "prepare_dataset",
+    "use_shared_prefix",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dpo_fast.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -155,6 +155,12 @@ def pack(
     )
 
 
+def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:
+    """Token positions that a batch would take without packing: two rows a comparison, padded to the longest row."""
+    rows = 2 * sum(len(group.comparisons) for group in groups)
+    return rows * max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
+
+
 def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     ids, positions, rows, targets, counts = [], [], [], [], []
     start = 0

@@ -109,11 +109,13 @@ class ReferenceStore:
     Attributes:
         folder: where its parts lie.
         logps: sequence log-probs by completion key, of all rows on disk and added.
+        computed: how many rows were added since the store was opened.
     """
 
     root: Path
     description: Mapping[str, object]
     logps: dict[bytes, float] = field(default_factory=dict)
+    computed: int = 0
 
     def __post_init__(self) -> None:
         text = json.dumps(self.description, sort_keys=True, indent=2)
@@ -138,6 +140,7 @@ class ReferenceStore:
     def add(self, key: bytes, token_logps: np.ndarray) -> None:
         """Adds a completion's token log-probs, fp32 [n]; parts are flushed every 10 000 rows or 60 s."""
         self.logps[key] = float(np.float32(token_logps.sum(dtype=np.float64)))
+        self.computed += 1
         self._pending.append((key, token_logps))
         if len(self._pending) >= ROWS_PER_PART or time.monotonic() - self._last_flush > SECONDS_PER_PART:
             self.flush()

@@ -167,7 +167,7 @@ class DPOTrainer(Trainer):
         self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
 
-        self._store: ReferenceStore | None = None
+        self.reference_store: ReferenceStore | None = None
         with args.main_process_first(local=False, desc="reference log-probs"):
             self.train_dataset = self._with_reference(self.train_dataset, "train", ref_model)
             self.eval_dataset = _map_datasets(
@@ -199,8 +199,8 @@ class DPOTrainer(Trainer):
         """Adds the reference log-probs of `dataset`, from the store where it has them."""
         if "ref_logps" in dataset.column_names:
             return dataset
-        if self._store is None:
-            self._store = self._open_store(ref_model)
+        if self.reference_store is None:
+            self.reference_store = self._open_store(ref_model)
         model = self.model if ref_model is None else ref_model.to(self.args.device)
         if ref_model is not None:
             self._prepare_reference(ref_model)
@@ -216,7 +216,7 @@ class DPOTrainer(Trainer):
         with context:
             dataset = with_reference_logps(
                 dataset,
-                self._store,
+                self.reference_store,
                 score,
                 layout=self.layout,
                 max_tokens=self.args.max_tokens_per_micro_batch,

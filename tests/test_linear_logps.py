@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from dpo_fast_kernels import gemm
 from dpo_fast_kernels.gemm import Gemm
 from dpo_fast_kernels.linear_logps import linear_logps
 from dpo_fast_kernels.logits import LogitTransform
@@ -110,8 +111,9 @@ def test_part_of_the_head_trains(transform, trains, dtype):
     assert_solution(Problem(dtype), transform, trains, budget_bytes=BUDGETS["half kept"])
 
 
-@pytest.mark.parametrize("v", [8, 1003, 4099])  # one block of columns, and several with a short last one
-def test_vocabulary_sizes(v):
+@pytest.mark.parametrize("v", [1, 8, 1003])
+def test_vocabulary_sizes(v, monkeypatch):
+    monkeypatch.setattr(gemm, "_CPU_BLOCK", 5000)  # casts take several blocks of columns, the last one short
     for dtype in (torch.float32, torch.bfloat16):
         assert_solution(Problem(dtype, n=37, v=v), LogitTransform(), budget_bytes=0)
 
@@ -258,20 +260,21 @@ def test_autocast_multiplies_in_its_dtype(hidden_dtype, budget):
         assert exact is None or not torch.equal(actual[name], exact[name]), f"{name} ignored autocast"
 
 
-def test_bf16_products_on_a_cpu_keep_fp32_sums():
-    gemm = Gemm(torch.bfloat16, "cpu")
+def test_bf16_products_on_a_cpu_keep_fp32_sums(monkeypatch):
+    monkeypatch.setattr(gemm, "_CPU_BLOCK", 100_000)
+    products = Gemm(torch.bfloat16, "cpu")
     generator = torch.Generator().manual_seed(0)
     x, w, d = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((300, 63), (4099, 63), (300, 4099)))
     before = torch.backends.mkldnn.matmul.fp32_precision
-    logits = gemm.logits(x, w, torch.full((300, 4099), torch.nan))
+    logits = products.logits(x, w, torch.full((300, 4099), torch.nan))
     assert_close_to_truth(logits, x.float() @ w.float().t(), x.double() @ w.double().t(), "logits")
     total = torch.zeros(4099, 63)
     for rows in range(0, 300, 10):
-        gemm.accumulate(total, d[rows : rows + 10], x[rows : rows + 10])
+        products.accumulate(total, d[rows : rows + 10], x[rows : rows + 10])
     assert_close_to_truth(total, d.float().t() @ x.float(), d.double().t() @ x.double(), "sum of 30 products")
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     with pytest.raises(RuntimeError):
-        gemm.logits(x, w[:, :5], logits)
+        products.logits(x, w[:, :5], logits)
     assert torch.backends.mkldnn.matmul.fp32_precision == before, "an error must not leave the process in bf16"
 
 
@@ -362,6 +365,14 @@ def test_on_gpu_runs_are_bitwise_equal_and_never_synchronise(budget):
         torch.cuda.set_sync_debug_mode("default")
     for name in NAMES:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_gpu_no_rows(dtype):
+    solution = Problem(dtype, n=0, device="cuda").solve(ours(statistics=True))
+    assert solution["d hidden"].shape == (0, H)
+    assert torch.count_nonzero(solution["d weight"]) == 0
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CPU_BLOCK = 2048  # columns of the vocabulary that are cast at a time
+_CPU_BLOCK = 1 << 22  # elements that are cast at a time: 16 MiB of fp32, few enough blocks for threads to keep pace
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Gemm:
             return torch.mm(x, w.t(), out_dtype=self.sum_dtype, out=out)
         x = x.to(self.sum_dtype)
         with _bf16_factors():
-            for columns in _column_blocks(w.shape[0]):
+            for columns in _column_blocks(w.shape[0], rows=w.shape[1]):
                 torch.mm(x, w[columns].to(self.sum_dtype).t(), out=out[:, columns])
         return out
 
@@ -81,12 +81,13 @@ class Gemm:
         else:
             x = x.to(self.sum_dtype)
             with _bf16_factors():
-                for columns in _column_blocks(d.shape[1]):
+                for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
                     acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x)
 
 
-def _column_blocks(vocabulary: int) -> Iterator[slice]:
-    return (slice(start, start + _CPU_BLOCK) for start in range(0, vocabulary, _CPU_BLOCK))
+def _column_blocks(columns: int, rows: int) -> Iterator[slice]:
+    step = max(1, _CPU_BLOCK // max(1, rows))
+    return (slice(start, start + step) for start in range(0, columns, step))
 
 
 @contextmanager

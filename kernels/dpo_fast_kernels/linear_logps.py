@@ -1,7 +1,7 @@
 """Hidden rows × LM head → log-prob of every target, without ever holding all logits.
 
-    logp_n = log softmax(transform(X_n·Wᵀ + b))[t_n]        D = ∂logp/∂(X·Wᵀ + b)        g = ∂loss/∂logp
-    dX = g ⊙ (D·W)                                          dW = Dᵀ·(g ⊙ X)              db = Dᵀ·g
+    logp_n = log softmax(transform(X_n·Wᵀ + b))[t_n]        D = ∂logp/∂y, y = slope·(X·Wᵀ + b)
+    dX = g ⊙ (D·W)        dW = Dᵀ·(g ⊙ X)        db = Dᵀ·g        g = slope·∂loss/∂logp
 
 Logits are made in tiles of rows and read once. D does not depend on the loss, so it is made while a tile is at hand:
 
@@ -146,7 +146,7 @@ def _backward(
     options: _Options,
     needs_input_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    gemm = options.gemm
+    gemm, dlogps = options.gemm, dlogps * options.transform.slope
     if options.save_hidden_gradient:
         return (saved_gradient * dlogps[:, None]).to(hidden.dtype), None, None
     needs_hidden, needs_weight, needs_bias = needs_input_grad[:3]

@@ -1,9 +1,12 @@
-"""The row and head ops in plain PyTorch: what every other implementation is held to.
+"""Every op in plain PyTorch: what every other implementation is held to.
 
     logp_n = logits_n[t_n] − logΣ_v exp(logits_n[v])        ∂logp_n/∂logits_n = onehot(t_n) − softmax(logits_n)
+    D_n = ∂logp_n/∂y_n = ∂logp_n/∂logits_n ⊙ (1 − tanh²)    y = slope·z, the logits if there were no softcap
 
 Written for reading, at any size that fits in memory; logits are at least fp32, and float64 stays float64.
 N rows, H hidden, V vocabulary; z = hidden·Wᵀ + bias before `LogitTransform`, logits after it.
+
+    out_i = Σ_j softmax_j(softcap·tanh(scale·q_i·k_j / softcap)) v_j,   j visible to i: its prompt, its own past
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpo_fast_kernels.layout import PrefixLayout
 from dpo_fast_kernels.logits import LogitTransform, RowLogps
 
 
@@ -42,12 +46,12 @@ def row_gradient_reference(
     transform: LogitTransform = LogitTransform(),  # noqa: B008 (frozen)
     coefficient: Tensor | None = None,  # [N], 1 when left out
 ) -> Tensor:  # [N, V]
-    """Returns `coefficient_n · ∂logp_n/∂z_n`; a row whose coefficient is 0 is 0 whatever its logits."""
+    """Returns `coefficient_n · D_n`; a row whose coefficient is 0 is 0 whatever its logits."""
     z = z.to(_accumulator(z.dtype))
     logits = transform(z)
     gradient = -logits.softmax(-1)
     logps = logits.log_softmax(-1).gather(1, targets[:, None])
-    gradient = gradient.scatter(1, targets[:, None], -torch.expm1(logps)) * transform.slope
+    gradient = gradient.scatter(1, targets[:, None], -torch.expm1(logps))
     if transform.softcap is not None:
         gradient = gradient * (1 - torch.tanh(z * transform.inner) ** 2)
     if coefficient is None:
@@ -67,6 +71,40 @@ def linear_logps_reference(
     dtype = _accumulator(hidden.dtype)
     z = hidden.to(dtype) @ weight.to(dtype).t()
     return row_logps_reference(z if bias is None else z + bias.to(dtype), targets, transform, statistics)
+
+
+def prefix_attention_reference(
+    q: Tensor,  # [T, Hq, D]
+    k: Tensor,  # [T, Hkv, D]
+    v: Tensor,  # [T, Hkv, Dv]
+    layout: PrefixLayout,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # [T, Hq, Dv]
+    """Returns attention over the whole packed row under the [T, T] mask that `layout` describes."""
+    group, completion, position = _places(layout, q.device)
+    prompt = completion < 0
+    visible = (group[:, None] == group) & ((completion[:, None] == completion) | prompt)
+    distance = position[:, None] - position
+    visible &= (distance >= 0) & (distance < (window or position.numel() + 1))
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=_accumulator(q.dtype)).to(v.dtype)
+    return torch.einsum("hij,jhd->ihd", weights, v)
+
+
+def _places(layout: PrefixLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns group, completion (−1 in the prompt) and position of every token, int64 [T] each."""
+    places = []
+    for group, (prompt, *completions) in enumerate(layout.groups):
+        places += [(group, -1, position) for position in range(prompt)]
+        for index, length in enumerate(completions):
+            places += [(group, index, prompt + position) for position in range(length)]
+    return torch.tensor(places, device=device).unbind(1)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,9 @@
 """One tile of logits → log-probs of the targets, and the gradient in place: Triton kernels.
 
-    logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂z_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂z_n
+    logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂y_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂y_n
 
-z the product of the head and x = transform(z + bias) the logits, both fp32 in registers whatever the tile holds.
+z the product of the head and x = transform(z + bias) the logits, both fp32 in registers whatever the tile holds;
+y = transform.slope·(z + bias), so that D holds no constant factor: rounded to bf16, it would bias every gradient alike.
 N rows of the tile, V vocabulary. Importing this module imports Triton.
 
 Bytes moved: forward N·V·itemsize(z); gradient N·V·(itemsize(z) + itemsize(out)). No atomics: runs are bitwise equal.
@@ -121,7 +122,6 @@ def _row_logps_bwd_kernel(
     stride_on,
     inner,
     outer,
-    slope,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_COEFFICIENT: tl.constexpr,
@@ -132,7 +132,6 @@ def _row_logps_bwd_kernel(
     mask_v = offs_v < V
     inner = tl.cast(inner, tl.float32)
     outer = tl.cast(outer, tl.float32)
-    slope = tl.cast(slope, tl.float32)
 
     bounded = _load_bounded(z_ptr + pid_n * stride_zn, bias_ptr, offs_v, mask_v, inner, HAS_BIAS, HAS_SOFTCAP)
     target = tl.load(targets_ptr + pid_n)
@@ -142,9 +141,7 @@ def _row_logps_bwd_kernel(
         gradient *= 1.0 - bounded * bounded
     if HAS_COEFFICIENT:
         coefficient = tl.load(coefficient_ptr + pid_n)
-        gradient = tl.where(coefficient == 0, 0.0, gradient * (slope * coefficient))
-    else:
-        gradient *= slope
+        gradient = tl.where(coefficient == 0, 0.0, gradient * coefficient)
     tl.store(out_ptr + pid_n * stride_on + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -172,25 +169,26 @@ def row_logps_fwd(
     if num_rows == 0:
         return result, lse
     block, warps = _config(z)
-    _row_logps_fwd_kernel[(num_rows,)](
-        z,
-        bias,
-        targets,
-        logps,
-        lse,
-        result.entropy,
-        result.mean_logit,
-        result.is_top1,
-        vocabulary,
-        z.stride(0),
-        transform.inner,
-        transform.outer,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=transform.softcap is not None,
-        STATISTICS=statistics,
-        BLOCK_V=block,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        _row_logps_fwd_kernel[(num_rows,)](
+            z,
+            bias,
+            targets,
+            logps,
+            lse,
+            result.entropy,
+            result.mean_logit,
+            result.is_top1,
+            vocabulary,
+            z.stride(0),
+            transform.inner,
+            transform.outer,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=transform.softcap is not None,
+            STATISTICS=statistics,
+            BLOCK_V=block,
+            num_warps=warps,
+        )
     return result, lse
 
 
@@ -210,26 +208,26 @@ def row_logps_bwd(
     if num_rows == 0:
         return
     block, warps = _config(z)
-    _row_logps_bwd_kernel[(num_rows, triton.cdiv(vocabulary, block))](
-        z,
-        bias,
-        targets,
-        logps,
-        lse,
-        coefficient,
-        out,
-        vocabulary,
-        z.stride(0),
-        out.stride(0),
-        transform.inner,
-        transform.outer,
-        transform.slope,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=transform.softcap is not None,
-        HAS_COEFFICIENT=coefficient is not None,
-        BLOCK_V=block,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        _row_logps_bwd_kernel[(num_rows, triton.cdiv(vocabulary, block))](
+            z,
+            bias,
+            targets,
+            logps,
+            lse,
+            coefficient,
+            out,
+            vocabulary,
+            z.stride(0),
+            out.stride(0),
+            transform.inner,
+            transform.outer,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=transform.softcap is not None,
+            HAS_COEFFICIENT=coefficient is not None,
+            BLOCK_V=block,
+            num_warps=warps,
+        )
 
 
 def row_logps_fwd_bwd(

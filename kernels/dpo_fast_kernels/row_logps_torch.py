@@ -1,9 +1,10 @@
 """One tile of logits → log-probs of the targets, and the gradient in place, in blocks of rows that stay in the cache.
 
-    logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂z_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂z_n
+    logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂y_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂y_n
 
-z the product of the head and x = transform(z + bias) the logits. The same three functions as in `row_logps`, for
-tensors of any device; the tile is read from memory once and, for the gradient, written once.
+z the product of the head, x = transform(z + bias) the logits and y = transform.slope·(z + bias), so that D holds no
+constant factor (`row_logps` says why). The same three functions as in `row_logps`, for tensors of any device; the tile
+is read from memory once and, for the gradient, written once.
 N rows of the tile, V vocabulary.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dpo_fast_kernels.logits import LogitTransform, RowLogps
 
-_CPU_BLOCK = 1 << 18  # elements a thread: 1 MiB of fp32, half of a core's second-level cache
+_CPU_BLOCK = 1 << 20  # elements a thread: 4 MiB of fp32, in the cache, and few enough blocks for threads to keep pace
 _BLOCK = 1 << 27  # elements on a device whose cache a block cannot aim at
 
 
@@ -58,7 +59,7 @@ def row_logps_bwd(
         x = _logits(z[rows], bias, transform, out=memory)
         tanh_slope = _tanh_slope(x, transform, slope_scratch)
         torch.sub(x, lse[rows, None], out=memory)
-        _gradient_(memory, targets[rows], logps[rows], transform, tanh_slope)
+        _gradient_(memory, targets[rows], logps[rows], tanh_slope)
         if coefficient is not None:
             memory.mul_(coefficient[rows, None]).masked_fill_((coefficient[rows] == 0)[:, None], 0)
         _store(memory, out[rows])
@@ -81,7 +82,7 @@ def row_logps_fwd_bwd(
         x = _logits(z[rows], bias, transform, out=memory)
         tanh_slope = _tanh_slope(x, transform, slope_scratch)
         _log_softmax(x, targets[rows], rows, result, out=memory)
-        _gradient_(memory, targets[rows], result.logps[rows], transform, tanh_slope)
+        _gradient_(memory, targets[rows], result.logps[rows], tanh_slope)
         _store(memory, out[rows])
     return result
 
@@ -159,12 +160,8 @@ def _log_softmax(x: Tensor, targets: Tensor, rows: slice, result: RowLogps, out:
         torch.sum(finite.mul_(out.exp()), -1, out=result.entropy[rows]).neg_()
 
 
-def _gradient_(
-    log_probs: Tensor, targets: Tensor, logps: Tensor, transform: LogitTransform, tanh_slope: Tensor | None
-) -> None:
+def _gradient_(log_probs: Tensor, targets: Tensor, logps: Tensor, tanh_slope: Tensor | None) -> None:
     """Turns log-probs into D in place."""
     gradient = log_probs.exp_().neg_().scatter_(1, targets[:, None], -torch.expm1(logps)[:, None])
     if tanh_slope is not None:
         gradient.mul_(tanh_slope)
-    if transform.slope != 1:
-        gradient.mul_(transform.slope)
