@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpo_fast.attention import use_shared_prefix
+    from dpo_fast.collator import DPOCollator
     from dpo_fast.config import DPOConfig
     from dpo_fast.data import load_preference_dataset, prepare_dataset
     from dpo_fast.forward import PackedOutput, add_dpo_forward
     from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, preference_loss
-    from dpo_fast.trainer import DPOCollator, DPOTrainer
+    from dpo_fast.trainer import DPOTrainer
 
 _MODULES = {
     "attention": ("use_shared_prefix",),
+    "collator": ("DPOCollator",),
     "config": ("DPOConfig",),
     "data": ("load_preference_dataset", "prepare_dataset"),
     "forward": ("PackedOutput", "add_dpo_forward"),
     "groups": ("PackedBatch", "PreferenceGroup", "pack"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "preference_loss"),
-    "trainer": ("DPOCollator", "DPOTrainer"),
+    "trainer": ("DPOTrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

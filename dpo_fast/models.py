@@ -1,7 +1,8 @@
-"""Loading a policy and wrapping it in an adapter."""
+"""Loading a policy, giving it the packed forward, and wrapping it in an adapter."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dpo_fast.attention import use_shared_prefix
 from dpo_fast.config import DPOConfig
+from dpo_fast.forward import add_dpo_forward
+from dpo_fast.groups import Layout
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -71,3 +77,39 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
+
+
+def prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
+    """Extends the model's forward and settles its layout; `auto` says once why it took `padded`."""
+    add_dpo_forward(base)
+    if layout == "padded":
+        return "padded"
+    try:
+        use_shared_prefix(base)
+    except ValueError as error:
+        if layout == "shared":
+            raise
+        logger.warning("layout='auto' takes 'padded' for this model. %s", error)
+        return "padded"
+    return "shared"
+
+
+def disable_dropout(model: nn.Module | None) -> None:
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:
+    """Weight of the load-balancing loss: 0 unless the model is a mixture of experts that returns its router logits."""
+    config = base.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if coefficient:
+            raise ValueError(
+                f"router_aux_loss_coef is {coefficient}, but {type(base).__name__} returns no router logits: "
+                "leave it out"
+            )
+        return 0.0
+    return getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +26,21 @@ from transformers import (
     set_seed,
 )
 
-from dpo_fast.attention import use_shared_prefix
 from dpo_fast.cache_dir import cache_dir
+from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
+from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
 from dpo_fast.data import DataSummary, prepare_dataset
-from dpo_fast.forward import PackedOutput, add_dpo_forward
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.forward import PackedOutput
+from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.losses import Comparisons, LossParameters, preference_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
-from dpo_fast.models import load_model, prepare_peft
+from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
-from dpo_fast.sampler import split_by_tokens
 from dpo_fast_kernels import attention_backend
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DPOCollator:
-    """Rows of a tokenised dataset → the packs of a batch.
-
-    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, fp32 [2]: the sum of
-    comparison weights, and of weight × scored winner tokens, over the batch.
-    """
-
-    layout: Layout = "shared"
-    max_tokens: int | None = None
-    pad_token_id: int = 0
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        groups = [PreferenceGroup.from_row(row) for row in rows]
-        costs = [group.num_tokens(self.layout) for group in groups]
-        packs = [pack(part, self.layout, self.pad_token_id) for part in split_by_tokens(groups, costs, self.max_tokens)]
-        return {"packs": packs, "totals": sum(_totals(packed) for packed in packs)}
-
-
-def _totals(packed: PackedBatch) -> Tensor:
-    weights = packed.comparison_weights
-    winner_tokens = packed.cu_scores.diff()[packed.comparisons[:, 0]]
-    return torch.stack([weights.sum(), (weights * winner_tokens).sum()])
 
 
 class DPOTrainer(Trainer):
@@ -136,11 +110,11 @@ class DPOTrainer(Trainer):
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self._new_adapter = peft_config is not None
-        self.layout = _prepare_forward(base, args.layout)
+        self.layout = prepare_forward(base, args.layout)
         model = prepare_peft(model, peft_config, args)
-        self._aux_loss_weight = _aux_loss_weight(base, args.router_aux_loss_coef)
+        self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
         for part in (model, ref_model) if args.disable_dropout else ():
-            _disable_dropout(part)
+            disable_dropout(part)
         head_of(base)
 
         super().__init__(
@@ -249,9 +223,16 @@ class DPOTrainer(Trainer):
                 f"ref_model has {base.get_input_embeddings().weight.shape[0]} token embeddings and model has "
                 f"{self._vocab_size}; use a reference with the same tokenizer"
             )
-        _prepare_forward(base, self.layout)
+        prepare_forward(base, self.layout)
 
     # ---- the step ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Like `Trainer.train`; a checkpoint that does not fit the model is refused before anything is loaded."""
+        folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None:
+            check_checkpoint(self.accelerator.unwrap_model(self.model), folder)
+        return super().train(folder, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = None
@@ -395,39 +376,3 @@ def _map_datasets(datasets: Dataset | dict[str, Dataset] | None, function: Calla
     if isinstance(datasets, dict):
         return {name: function(dataset, name) for name, dataset in datasets.items()}
     return None if datasets is None else function(datasets, "eval")
-
-
-def _prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
-    """Extends the model's forward and settles its layout; `auto` says once why it took `padded`."""
-    add_dpo_forward(base)
-    if layout == "padded":
-        return "padded"
-    try:
-        use_shared_prefix(base)
-    except ValueError as error:
-        if layout == "shared":
-            raise
-        logger.warning("layout='auto' takes 'padded' for this model. %s", error)
-        return "padded"
-    return "shared"
-
-
-def _disable_dropout(model: nn.Module | None) -> None:
-    for module in model.modules() if model is not None else ():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def _aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:
-    """Weight of the load-balancing loss: 0 unless the model is a mixture of experts that returns its router logits."""
-    config = base.config.get_text_config()
-    if not hasattr(config, "output_router_logits"):
-        if coefficient:
-            raise ValueError(
-                f"router_aux_loss_coef is {coefficient}, but {type(base).__name__} returns no router logits: "
-                "leave it out"
-            )
-        return 0.0
-    return getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

@@ -121,10 +121,10 @@ def check_confident_target(row_ops: ModuleType, device="cpu") -> None:
 
 
 def check_far_rows(row_ops: ModuleType, device="cpu") -> None:
-    """Rows that lie 2³¹ elements apart."""
-    memory = torch.empty(2**31 + 1003, dtype=torch.float16, device=device)  # two rows of it are ever touched
-    z, targets, _ = tile(2, 1003, torch.float16, False, device)
-    far = memory.as_strided((2, 1003), (2**31, 1)).copy_(z)
+    """A row that begins 2³¹ elements into the tile, which neither its number nor the stride tells."""
+    memory = torch.empty(2**31 + 1003, dtype=torch.float16, device=device)  # three rows of it are ever touched
+    z, targets, _ = tile(3, 1003, torch.float16, False, device)
+    far = memory.as_strided((3, 1003), (2**30, 1)).copy_(z)
     near, lse = row_ops.row_logps_fwd(z, targets, None, transform=LogitTransform(), statistics=False)
     assert torch.equal(
         row_ops.row_logps_fwd(far, targets, None, transform=LogitTransform(), statistics=False)[0].logps, near.logps

@@ -343,6 +343,31 @@ def test_bad_input_is_refused_by_name(tmp_path, change, message):
         make_trainer(tmp_path, dataset, model=model, **options)
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trained(make_trainer(tmp_path, **options))
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = make_trainer(tmp_path / "lora", peft_config=config, **options)
+    adapter.train()
+    adapter_checkpoint = str(tmp_path / "lora" / "out" / "checkpoint-1")
+    wider = peft.LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    cases = [
+        (make_trainer(tmp_path, model=tiny_model("llama", intermediate_size=64)), checkpoint, "of shape"),
+        (make_trainer(tmp_path, model=tiny_model("gpt2")), checkpoint, "another model's"),
+        (make_trainer(tmp_path), adapter_checkpoint, "holds an adapter"),
+        (adapter, checkpoint, "whole model"),
+        (make_trainer(tmp_path, peft_config=wider), adapter_checkpoint, "of shape"),
+        (adapter, str(tmp_path), "trainer_state.json"),
+        (make_trainer(tmp_path / "empty"), True, "holds no checkpoint"),
+    ]
+    for trainer, folder, message in cases:
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=folder)
+    adapter.train(resume_from_checkpoint=adapter_checkpoint)
+
+
 def test_streams_and_missing_models_are_refused(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w3", "chosen": " w4", "rejected": " w5"}]))
     with pytest.raises(ValueError, match="IterableDataset"):
