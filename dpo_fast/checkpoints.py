@@ -44,9 +44,7 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
     if hasattr(model, "peft_config") and files and not adapter.exists():
         raise ValueError(f"checkpoint {folder!r} holds a whole model, but an adapter is trained: leave out peft_config")
     if not hasattr(model, "peft_config") and adapter.exists():
-        raise ValueError(
-            f"checkpoint {folder!r} holds an adapter, but the whole model is trained: pass peft_config"
-        )
+        raise ValueError(f"checkpoint {folder!r} holds an adapter, but the whole model is trained: pass peft_config")
     if adapter.exists():
         from peft import get_peft_model_state_dict
 

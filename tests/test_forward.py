@@ -10,6 +10,7 @@ from dpo_fast.attention import ATTENTION_NAME, sharing_obstacle, use_shared_pref
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import PreferenceGroup, pack
 from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
+from numerics import assert_close_to_truth
 
 TOLERANCE = 1e-5
 
@@ -31,8 +32,8 @@ def random_groups(seed: int = 0) -> list[PreferenceGroup]:
 def run(model, groups, layout):
     """Token log-probs, sequence log-probs and gradients of a fixed random combination of the sequence log-probs."""
     model.zero_grad()
-    output = model(packed=pack(groups, layout))
-    coefficients = torch.randn(output.logps.shape, generator=torch.Generator().manual_seed(7))
+    output = model(packed=pack(groups, layout).to(model.device))
+    coefficients = torch.randn(output.logps.shape, generator=torch.Generator().manual_seed(7)).to(output.logps)
     (output.logps * coefficients).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return output.token_logps.detach(), output.logps.detach(), gradients
@@ -176,3 +177,22 @@ def test_load_balancing_loss_counts_a_prompt_once_for_every_completion():
     use_shared_prefix(model)
     shared = model(packed=pack(random_groups(), "shared"), aux_loss=True).aux_loss
     assert shared.item() == pytest.approx(padded.item(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_bf16_on_a_gpu_is_as_close_to_the_truth_as_padded_rows(family):
+    groups = random_groups()
+    truth, _, true_gradients = run(with_forward(tiny_model(family, dtype=torch.bfloat16).double()), groups, "padded")
+    model = with_forward(tiny_model(family, dtype=torch.bfloat16).to("cuda"))
+    eager, _, eager_gradients = run(model, groups, "padded")
+    use_shared_prefix(model)
+    actual, _, gradients = run(model, groups, "shared")
+    assert_close_to_truth(actual, eager, truth.to("cuda"), "token_logps")
+    for name, gradient in gradients.items():
+        assert_close_to_truth(gradient, eager_gradients[name], true_gradients[name].to("cuda"), name)
+
+
+def with_forward(model):
+    add_dpo_forward(model)
+    return model
