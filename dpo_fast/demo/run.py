@@ -98,7 +98,7 @@ def _arguments(output: Path, seed: int) -> DPOConfig:
         num_train_epochs=2,
         per_device_train_batch_size=GROUPS_PER_STEP,
         per_device_eval_batch_size=GROUPS_PER_STEP,
-        learning_rate=2e-5,
+        learning_rate=3e-5,
         warmup_steps=0.1,
         eval_strategy="epoch",
         save_strategy="no",
