@@ -44,13 +44,18 @@ def run(attention, tensors, layout, **options):
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*(("sdpa", options) for options in OPTIONS), ("flash-cpu", {}), ("flash-cpu", {"scale": 0.3, "window": 100})],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)], ids=str)
 @pytest.mark.parametrize("name", GROUPS)
-def test_sdpa_equals_the_dense_definition(name, options):
+def test_every_cpu_backend_equals_the_dense_definition(name, heads, backend, options):
     layout = PrefixLayout.build(GROUPS[name])
-    tensors = inputs(GROUPS[name])
+    tensors = inputs(GROUPS[name], heads)
     expected = run(prefix_attention_reference, tensors, layout, **options)
-    actual = run(prefix_attention, tensors, layout, backend="sdpa", **options)
+    actual = run(prefix_attention, tensors, layout, backend=backend, **options)
     for key, value in expected.items():
         assert torch.allclose(actual[key], value, atol=1e-12), key
 
@@ -92,6 +97,8 @@ def test_moving_a_completion_moves_its_result_and_nothing_else():
     [
         ({"backend": "nope"}, "backend"),
         ({"backend": "varlen", "softcap": 1.0}, "softcap"),
+        ({"backend": "flash-cpu", "softcap": 1.0}, "softcap"),
+        ({"backend": "flash-cpu", "window": 3}, "window"),
         ({"heads": (3, 2)}, "heads"),
         ({"layout": [(2, 2, 2)]}, "tokens"),
     ],
@@ -105,7 +112,8 @@ def test_bad_input_is_refused_by_name(change, message):
 
 
 def test_backend_choice_names_its_reason():
-    assert attention_backend(torch.device("cpu"))[0] == "sdpa"
+    assert attention_backend(torch.device("cpu"))[0] == "flash-cpu"
+    assert attention_backend(torch.device("cpu"), window=9)[0] == "sdpa"
     cuda = torch.device("cuda")
     assert attention_backend(cuda, torch.float32) == (
         "sdpa",

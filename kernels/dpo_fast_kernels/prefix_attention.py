@@ -3,11 +3,12 @@
     out_i = softmax_j(softcap(scale · q_i·k_j)) v_j,   j over the visible keys of query i
 
 One variable-length call computes it exactly (see `layout`): queries `[x y1 | y2 | … | yK]` against keys gathered to
-`[x y1 | x y2 | … | x yK]`, causal, with the mask aligned bottom-right. Backends, in the order of preference on a GPU:
+`[x y1 | x y2 | … | x yK]`, causal, with the mask aligned bottom-right. Backends, in the order of preference:
 
     flash-attn   the package, when it is installed: windows and softcap
     varlen       torch.nn.attention.varlen, built into PyTorch for CUDA: windows, no softcap
-    sdpa         one scaled_dot_product_attention a segment, without gathering: every device and dtype
+    flash-cpu    PyTorch's flash kernel on slices of the row: CPU, no window, no softcap
+    sdpa         one scaled_dot_product_attention a segment: every device and dtype, windows and softcap
 
 FLOP, forward: 4·D·Hq · Σ_k (visible keys of segment k); the prompt's own queries count once a group.
 """
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from dpo_fast_kernels.gather_rows import gather_rows
 from dpo_fast_kernels.layout import PrefixLayout
+from dpo_fast_kernels.prefix_attention_cpu import flash_cpu
 
-BACKENDS = ("flash-attn", "varlen", "sdpa")
+BACKENDS = ("flash-attn", "varlen", "flash-cpu", "sdpa")
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -34,10 +36,14 @@ def attention_backend(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 64,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> tuple[str, str]:
-    """Names the backend that `auto` takes for such inputs, and why."""
+    """Names the backend that `auto` takes for such inputs, and why; `window` only where sequences outgrow it."""
+    if device.type == "cpu" and not softcap and not window:
+        return "flash-cpu", "PyTorch's flash kernel, on slices of the packed row"
     if device.type != "cuda":
-        return "sdpa", f"{device.type} has no variable-length attention kernel"
+        limit = " with a window or a softcap" if device.type == "cpu" else ""
+        return "sdpa", f"{device.type} has no flash kernel{limit}"
     if dtype not in _FLASH_DTYPES:
         return "sdpa", f"variable-length kernels compute in bf16 and fp16, not {dtype}"
     if head_dim > 256:
@@ -67,13 +73,17 @@ def prefix_attention(
         scale: of the scores; None is 1/√D.
         window: a query sees at most this many keys, itself included; None is all.
         softcap: scores become softcap·tanh(score / softcap).
-        backend: `auto`, `flash-attn`, `varlen` or `sdpa`; a named backend never falls back.
+        backend: `auto` or one of `BACKENDS`; a named backend never falls back.
 
     Raises:
         ValueError: unknown backend, or shapes that do not fit.
     """
+    if window is not None and window >= layout.max_seqlen_k:
+        window = None
     if backend == "auto":
-        backend, _ = attention_backend(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), softcap)
+        backend, _ = attention_backend(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), softcap, window)
+        if backend == "flash-cpu" and q.shape[-1] != v.shape[-1]:
+            backend = "sdpa"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
     if q.shape[1] % k.shape[1]:
@@ -83,7 +93,7 @@ def prefix_attention(
         raise ValueError(f"q, k, v have {q.shape[0]}, {k.shape[0]}, {v.shape[0]} rows; layout has {tokens} tokens")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    attend = {"flash-attn": _flash_attn, "varlen": _varlen, "sdpa": _sdpa}[backend]
+    attend = {"flash-attn": _flash_attn, "varlen": _varlen, "flash-cpu": _flash_cpu, "sdpa": _sdpa}[backend]
     return attend(q, k, v, layout, scale, window, softcap)
 
 
@@ -138,6 +148,12 @@ def _varlen_parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _flash_cpu(q, k, v, layout, scale, window, softcap):
+    if softcap or window or q.device.type != "cpu":
+        raise ValueError("backend='flash-cpu' has no window and no softcap and runs on the CPU; use backend='sdpa'")
+    return flash_cpu(q, k, v, layout, scale)
 
 
 def _sdpa(q, k, v, layout, scale, window, softcap):
