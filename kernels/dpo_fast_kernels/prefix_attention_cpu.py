@@ -2,7 +2,7 @@
 
 A group `[x y1 y2 … yK]` is three kinds of calls on slices of the packed row:
 
-    [x y1] on itself, causal        [y2 … yK] on x, all visible        each of y2 … yK on itself, causal
+    [x y1] on itself, causal        each of y2 … yK on itself, causal        [y2 … yK] on x, all visible
 
 The last two see disjoint keys of the same queries and are merged by their log-sum-exps,
 
@@ -11,7 +11,7 @@ The last two see disjoint keys of the same queries and are merged by their log-s
 The flash backward rebuilds the weights as e^(score − L), so that on each part, given the merged out and L, it yields the
 part's exact gradients. Grouped heads are a batch dimension whose keys are expanded, not repeated.
 
-FLOP, forward: 4·D·Hq · Σ_groups (p + n1)²/2 + p·(n2 + … + nK) + Σ_{k≥2} nk²/2 (p prompt, nk completions).
+FLOP, forward: 4·D·Hq · Σ over groups (p + n1)²/2 + p·(n2 + … + nK) + Σ_{k≥2} nk²/2
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ def _by_head(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _calls(layout: PrefixLayout):
-    """Yields (queries, keys, causal) of every call on the packed row, as slices; a group's parts in a fixed order."""
+    """Yields (queries, keys, causal) of every call on the packed row, as slices.
+
+    The causal calls cover every token exactly once; the call on a group's prompt comes after them and adds to it.
+    """
     start = 0
     for prompt, first, *rest in layout.groups:
-        shared = start + prompt
-        end = shared + first
+        end = start + prompt + first
         yield slice(start, end), slice(start, end), True
-        if rest and prompt:
-            yield slice(end, end + sum(rest)), slice(start, shared), False
+        shared = end
         for length in rest:
             yield slice(end, end + length), slice(end, end + length), True
             end += length
+        if rest and prompt:
+            yield slice(shared, end), slice(start, start + prompt), False
         start = end
 
 
@@ -53,20 +56,17 @@ class _FlashCPU(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         queries, keys, values, outs = (_by_head(x, kv_heads) for x in (q, k, v, out))
         keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
-        lse = q.new_empty((*outs.shape[:2], q.shape[0], 1), dtype=torch.promote_types(q.dtype, torch.float32))
-        seen = [0] * 2  # the rows of the last call on a shared prompt
+        lse = q.new_empty((*outs.shape[:2], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
         for rows, columns, causal in _calls(layout):
             part, part_lse = _flash(
                 queries[:, :, rows], keys[:, :, columns], values[:, :, columns], is_causal=causal, scale=scale
             )
-            part_lse = part_lse.unsqueeze(-1)
-            if causal and seen[0] <= rows.start < seen[1]:
-                before, before_lse = outs[:, :, rows], lse[:, :, rows]
-                merged = torch.logaddexp(before_lse, part_lse)
-                part = before * (before_lse - merged).exp() + part * (part_lse - merged).exp()
+            if not causal:
+                own_lse = lse[:, :, rows]
+                merged = torch.logaddexp(own_lse, part_lse)
+                part.mul_((part_lse - merged).exp_()[..., None])
+                part.addcmul_(outs[:, :, rows], (own_lse - merged).exp_()[..., None].to(part.dtype))
                 part_lse = merged
-            elif not causal:
-                seen = [rows.start, rows.stop]
             outs[:, :, rows] = part
             lse[:, :, rows] = part_lse
         ctx.save_for_backward(q, k, v, out, lse)
@@ -80,23 +80,27 @@ class _FlashCPU(torch.autograd.Function):
         kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
         douts, queries, keys, values, outs = (_by_head(x, kv_heads) for x in (dout, q, k, v, out))
         keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
-        gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         sums = [_by_head(x, kv_heads) for x in gradients]
         for rows, columns, causal in _calls(ctx.layout):
-            parts = _flash_backward(
+            dq, dk, dv = _flash_backward(
                 douts[:, :, rows],
                 queries[:, :, rows],
                 keys[:, :, columns],
                 values[:, :, columns],
                 outs[:, :, rows],
-                lse[:, :, rows, 0],
+                lse[:, :, rows],
                 0.0,
                 causal,
                 scale=ctx.scale,
             )
-            sums[0][:, :, rows] += parts[0]
-            for total, part in zip(sums[1:], parts[1:], strict=True):
-                total[:, :, columns] += part.sum(dim=1, keepdim=True) if repeats > 1 else part
+            if repeats > 1:
+                dk, dv = dk.sum(dim=1, keepdim=True), dv.sum(dim=1, keepdim=True)
+            for total, places, part in zip(sums, (rows, columns, columns), (dq, dk, dv), strict=True):
+                if causal:
+                    total[:, :, places] = part
+                else:
+                    total[:, :, places] += part
         return *gradients, None, None
 
 

@@ -156,8 +156,8 @@ def _log_softmax(x: Tensor, targets: Tensor, rows: slice, result: RowLogps, out:
     result.logps[rows] = logps
     if result.entropy is not None:
         torch.ge(logps, out.amax(-1), out=result.is_top1[rows])
-        finite = out.clamp_min(torch.finfo(out.dtype).min)  # 0 · −inf is not 0
-        torch.sum(finite.mul_(out.exp()), -1, out=result.entropy[rows]).neg_()
+        out.clamp_min_(torch.finfo(out.dtype).min)  # 0 · −inf is not 0
+        torch.sum(out.exp().mul_(out), -1, out=result.entropy[rows]).neg_()
 
 
 def _gradient_(log_probs: Tensor, targets: Tensor, logps: Tensor, tanh_slope: Tensor | None) -> None:
