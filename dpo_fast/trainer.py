@@ -34,6 +34,7 @@ from dpo_fast.data import DataSummary, prepare_dataset
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
+from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.losses import Comparisons, LossParameters, preference_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
@@ -91,6 +92,8 @@ class DPOTrainer(Trainer):
             raise ValueError("train_dataset is None; pass a dataset of preferences")
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
+        if args.device.type == "cpu":
+            keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
         model = load_model(model, args, quantization_config)
         if processing_class is None:

@@ -82,6 +82,15 @@ def test_low_precision_is_as_close_to_the_truth_as_eager(dtype):
         assert_close_to_truth(actual[key], eager[key], truth[key], key)
 
 
+def test_autocast_computes_in_its_dtype_whatever_the_inputs_are():
+    groups = GROUPS["pairs"]
+    layout = PrefixLayout.build(groups)
+    q, k, v = (t.detach() for t in inputs(groups, dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = prefix_attention(q, k, v.bfloat16(), layout)
+    assert torch.equal(mixed, prefix_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout))
+
+
 def test_moving_a_completion_moves_its_result_and_nothing_else():
     groups = [(5, 3, 4, 2)]
     layout = PrefixLayout.build(groups)

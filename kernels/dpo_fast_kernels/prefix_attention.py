@@ -68,7 +68,8 @@ def prefix_attention(
     """Shared-prefix attention over a packed row of T tokens; differentiable, deterministic.
 
     Args:
-        q, k, v: fp32, bf16 or fp16 (sdpa also fp64), on one device; Hq a multiple of Hkv (grouped heads).
+        q, k, v: one dtype on one device (autocast's under autocast); Hq a multiple of Hkv (grouped heads). The CPU's
+            backends and sdpa take fp32, bf16, fp16 and fp64, the others bf16 and fp16.
         layout: where prompts and completions lie; its tensors on the device of q.
         scale: of the scores; None is 1/√D.
         window: a query sees at most this many keys, itself included; None is all.
@@ -78,6 +79,8 @@ def prefix_attention(
     Raises:
         ValueError: unknown backend, or shapes that do not fit.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if window is not None and window >= layout.max_seqlen_k:
         window = None
     if backend == "auto":

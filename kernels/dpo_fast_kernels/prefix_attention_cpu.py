@@ -6,10 +6,10 @@ A group `[x y1 y2 … yK]` is three kinds of calls on slices of the packed row:
 
 The last two see disjoint keys of the same queries and are merged by their log-sum-exps,
 
-    L = log(e^La + e^Lb)        out = e^(La − L)·out_a + e^(Lb − L)·out_b.
+    L = log(e^La + e^Lb)        out = σ(La − Lb)·out_a + σ(Lb − La)·out_b.
 
-The flash backward rebuilds the weights as e^(score − L), so that on each part, given the merged out and L, it yields the
-part's exact gradients. Grouped heads are a batch dimension whose keys are expanded, not repeated.
+The flash backward rebuilds the weights as e^(score − L), so that on each part, given the merged out and L, it yields
+the part's exact gradients. Grouped heads are a batch dimension whose keys are expanded, not repeated.
 
 FLOP, forward: 4·D·Hq · Σ over groups (p + n1)²/2 + p·(n2 + … + nK) + Σ_{k≥2} nk²/2
 """
@@ -62,11 +62,9 @@ class _FlashCPU(torch.autograd.Function):
                 queries[:, :, rows], keys[:, :, columns], values[:, :, columns], is_causal=causal, scale=scale
             )
             if not causal:
-                own_lse = lse[:, :, rows]
-                merged = torch.logaddexp(own_lse, part_lse)
-                part.mul_((part_lse - merged).exp_()[..., None])
-                part.addcmul_(outs[:, :, rows], (own_lse - merged).exp_()[..., None].to(part.dtype))
-                part_lse = merged
+                share = torch.sigmoid(part_lse - lse[:, :, rows])[..., None]
+                part = torch.lerp(outs[:, :, rows].to(share.dtype), part.to(share.dtype), share)
+                part_lse = torch.logaddexp(part_lse, lse[:, :, rows])
             outs[:, :, rows] = part
             lse[:, :, rows] = part_lse
         ctx.save_for_backward(q, k, v, out, lse)
