@@ -1,8 +1,8 @@
 """Keeps freed memory with the process when training runs on a CPU.
 
 glibc hands every large block back to the kernel when it is freed and gets it again, page by page, at the next
-allocation. A training step allocates and frees the same few gigabytes over and over: in six steps of a 135 M model on two
-cores, keeping them took the page faults from 3.5 to 1.6 million and the kernel's time from 5.6 to 3.8 s.
+allocation. A training step allocates and frees the same few gigabytes over and over: in six steps of a 135 M model on
+two cores, keeping them took the page faults from 3.5 to 1.6 million and the kernel's time from 5.6 to 3.8 s.
 """
 
 from __future__ import annotations
