@@ -302,7 +302,11 @@ def _summary(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) ->
         "speedup_per_step": spread(ratios),
         "memory_ratio": ours["peak_memory_gib"] / theirs["peak_memory_gib"],
         "largest_loss_difference": max(differences),
-        "settings": {key: value for key, value in vars(options).items() if key != "no_result"},
+        "settings": {
+            **{key: value for key, value in vars(options).items() if key != "no_result"},
+            "dataset": Path(options.dataset).name,
+            "model": Path(options.model).name,
+        },
         "sides": sides,
         "environment": environment(),
     }
