@@ -120,7 +120,7 @@ def _backends(name: str | None) -> list[tuple[str, str, str]]:
     softcap = getattr(config, "attn_logit_softcapping", None)
     return [
         ("layout", "shared", "every layer that mixes tokens is attention that can share a prompt"),
-        ("attention", *attention_backend(device, dtype, head_dim, softcap)),
+        ("attention", *attention_backend(device, dtype, head_dim, softcap, getattr(config, "sliding_window", None))),
         _head(device),
     ]
 

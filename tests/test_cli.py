@@ -384,7 +384,7 @@ def test_doctor_judges_the_machine_and_a_model(tmp_path, monkeypatch, capsys):
     assert cli.main(["doctor", "--model", "llama"]) == 0
     text = capsys.readouterr().out
     assert version("torch") in text and str(tmp_path / "store") in text.replace("\n", "")
-    assert rows(text)["layout"][0] == "shared" and rows(text)["attention"][0] == "sdpa"
+    assert rows(text)["layout"][0] == "shared" and rows(text)["attention"][0] == "flash-cpu"
     assert rows(text)["mixed precision"][0] == "fp32" and rows(text)["LM head"][0] == "torch"
 
     assert cli.main(["doctor", "--model", "mamba"]) == 0

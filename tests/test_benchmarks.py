@@ -1,0 +1,54 @@
+"""The benchmarks run, check what they time, and write what the README quotes from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_layout_benchmark_runs_and_writes_its_result(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_layout.py"), "--size", "tiny", "--steps", "3"]
+    command += ["--batch_size", "3", "--max_length", "200", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    last = json.loads(run.stdout.strip().splitlines()[-1])
+    result = json.loads(Path(last["file"]).read_text())
+    shared, padded = (result["layouts"][name]["losses"] for name in ("shared", "padded"))
+    assert last["speedup"] == result["speedup"] > 0
+    assert len(shared) == 4 and shared == pytest.approx(padded, rel=1e-3)
+    assert result["environment"]["versions"]["torch"] and Path(last["file"]).with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_side_that_computes_something_else_is_not_timed(monkeypatch):
+    bench_train = load("bench_train", monkeypatch)
+    reports = {"dpo_fast": {"losses": [0.69, 0.5]}, "trl": {"losses": [0.69, 0.6]}}
+    with pytest.raises(SystemExit, match="step 1"):
+        bench_train._check_losses(reports, 1e-3)
+    bench_train._check_losses(reports, 0.2)
+
+
+def test_quoted_figures_are_in_the_results():
+    """The speed-up in the README is that of a result file, and its spread is in there too."""
+    (path,) = (BENCHMARKS / "results").glob("*train-full-fp32-len512-b4-vs-trl.json")
+    result = json.loads(path.read_text())
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    assert f"{result['speedup']:.2f}×" in readme and f"{result['memory_ratio']:.2f}×" in readme
+    assert result["largest_loss_difference"] < 1e-3
+    assert result["speedup_per_step"]["p20"] <= result["speedup_per_step"]["p80"]
