@@ -38,42 +38,17 @@ def check_paths(arguments: TrainArguments) -> None:
     """Reports a model, dataset or checkpoint that is meant to be on this machine and is not.
 
     Raises:
-        FileNotFoundError: naming the flag and the path.
+        ValueError: naming the argument and the path.
     """
-    from dpo_fast.loading import FILE_FORMATS
+    from dpo_fast.checkpoints import find_checkpoint
+    from dpo_fast.loading import looks_local
+    from dpo_fast.models import check_model_path
 
-    model = Path(arguments.model.model_name_or_path)
-    if model.is_dir():
-        if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
-            gguf = (arguments.config.model_init_kwargs or {}).get("gguf_file")
-            if gguf is None or not (model / gguf).is_file():
-                raise FileNotFoundError(
-                    f"--model {model} holds no config.json; give the folder that a model was saved to."
-                )
-    elif _looks_local(arguments.model.model_name_or_path):
-        raise FileNotFoundError(
-            f"--model {arguments.model.model_name_or_path}: no such folder; a model on the Hub is named owner/name."
-        )
-    dataset = Path(arguments.data.dataset_name)
-    local = _looks_local(arguments.data.dataset_name) or dataset.suffix in FILE_FORMATS
-    if local and not dataset.exists():
-        raise FileNotFoundError(
-            f"--dataset {arguments.data.dataset_name}: no such file or folder; one on the Hub is named owner/name."
-        )
-    if isinstance(checkpoint := _checkpoint(arguments.config), str) and not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: no such folder; give 'true' for the latest.")
-    if checkpoint is True:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        output_dir = arguments.config.output_dir
-        if not Path(output_dir).is_dir() or get_last_checkpoint(output_dir) is None:
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint: {output_dir} holds no checkpoint; leave the flag out to start anew."
-            )
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith(("/", ".")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+    check_model_path(arguments.model.model_name_or_path, arguments.config.model_init_kwargs)
+    dataset = arguments.data.dataset_name
+    if looks_local(dataset) and not Path(dataset).exists():
+        raise ValueError(f"--dataset {dataset}: no such file or folder; one on the Hub is named owner/name.")
+    find_checkpoint(_checkpoint(arguments.config), arguments.config.output_dir)
 
 
 def _checkpoint(config: DPOConfig) -> str | bool | None:

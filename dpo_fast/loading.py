@@ -28,7 +28,7 @@ def load_preference_dataset(
     """
     path = Path(name_or_path).expanduser()
     if not path.exists():
-        if _looks_local(name_or_path):
+        if looks_local(name_or_path):
             raise ValueError(f"name_or_path: {name_or_path!r} does not exist; give a valid path or a name on the Hub")
         return _load(name_or_path, name_or_path, config_name, split=split)
     if path.is_dir():
@@ -40,7 +40,8 @@ def load_preference_dataset(
     return _load(name_or_path, FILE_FORMATS[path.suffix], data_files=str(path), split=split)
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
+    """Whether `name` can only be meant as a path: hub names are `owner/name`."""
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).suffix in FILE_FORMATS
 
 

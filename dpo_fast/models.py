@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpo_fast.attention import use_shared_prefix
 from dpo_fast.config import DPOConfig
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import Layout
+from dpo_fast.loading import looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +38,8 @@ def load_model(
         if "quantization_config" in options:
             raise ValueError("quantization_config is given twice, also in args.model_init_kwargs; keep one")
         options["quantization_config"] = quantization_config
+    check_model_path(model, options)
     path = Path(model).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"model={model!r} holds no config.json; give a folder written by save_pretrained")
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ValueError(f"model={model!r} does not exist; give a folder written by save_pretrained, or a hub name")
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
         options["dtype"] = getattr(torch, options["dtype"])
     options.setdefault("dtype", torch.float32)
@@ -48,6 +47,19 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         options["device_map"] = None
     return AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else model, **options)
+
+
+def check_model_path(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError when `name` is meant as a folder and is none that a model can be loaded from.
+
+    `options` are the keyword arguments for loading; with `gguf_file` the folder holds that file instead of a config.
+    """
+    path = Path(name).expanduser()
+    wanted = [gguf] if (gguf := (options or {}).get("gguf_file")) else ["config.json", "adapter_config.json"]
+    if path.exists() and not any((path / file).is_file() for file in wanted):
+        raise ValueError(f"model={name!r} holds no {wanted[0]}; give the folder that a model was saved to")
+    if not path.exists() and looks_local(name):
+        raise ValueError(f"model={name!r} does not exist; give a folder, or a model on the Hub as owner/name")
 
 
 def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> nn.Module:
