@@ -131,6 +131,9 @@ def prepare(argv: list[str]) -> DPOTrainer:
 def train(argv: list[str]) -> int:
     trainer = prepare(argv)
     args = trainer.args
+    if trainer.is_world_process_zero():
+        for name, summary in trainer.data_summaries.items():
+            print(f"{name}: {summary}")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:

@@ -51,6 +51,8 @@ def library(monkeypatch):
         def push_to_hub(self):
             record.calls.append("push")
 
+        data_summaries = {"train": "3 rows → 2 groups"}
+
         def is_world_process_zero(self):
             return True
 
