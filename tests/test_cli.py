@@ -429,3 +429,8 @@ def test_unknown_commands_and_help_end_as_usual(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--max_tokens_per_micro_batch" in text and "--num_train_epochs" in text and "--ld_alpha" not in text
+
+
+def test_what_became_of_the_rows_is_printed(library, capsys):
+    assert run() == 0
+    assert "train: 3 rows → 2 groups" in capsys.readouterr().out
