@@ -110,8 +110,7 @@ class DPOConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = field(
         default="auto",
         metadata={
-            "help": "Pad rows of the padded layout to a multiple of this many tokens; 'auto' and 'none' do not. The "
-            "shared layout never pads."
+            "help": "Accepted and without effect: the shared layout never pads, the padded one to its longest row."
         },
     )
 
@@ -126,8 +125,8 @@ class DPOConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Preference groups per forward pass when reference log-probs are computed. Unset, "
-            "per_device_eval_batch_size or max_tokens_per_micro_batch decides."
+            "help": "Accepted and without effect: the reference pass packs groups up to max_tokens_per_micro_batch, "
+            "or 8192 tokens where that is unset."
         },
     )
     reference_cache_dir: str | None = field(

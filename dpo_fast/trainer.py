@@ -118,7 +118,7 @@ class DPOTrainer(Trainer):
         self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
         for part in (model, ref_model) if args.disable_dropout else ():
             disable_dropout(part)
-        head_of(base)
+        head_of(base)  # refuses a model without a head, or with an adapter on it
 
         super().__init__(
             model=model,
@@ -236,9 +236,6 @@ class DPOTrainer(Trainer):
         if folder is not None:
             check_checkpoint(self.accelerator.unwrap_model(self.model), folder)
         return super().train(folder, *args, **kwargs)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""

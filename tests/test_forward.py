@@ -159,6 +159,22 @@ def test_bidirectional_attention_is_found_by_the_check_on_tokens():
     assert model.config._attn_implementation == "eager"
 
 
+def test_a_model_that_fails_on_packed_rows_is_refused_and_left_as_it_was():
+    model = tiny_model("llama").train()
+    layer = model.model.layers[1]
+    original = layer.forward
+
+    def fail_when_packed(*args, prefix=None, **kwargs):
+        if prefix is not None:
+            raise RuntimeError("no packed rows here")
+        return original(*args, **kwargs)
+
+    layer.forward = fail_when_packed
+    with pytest.raises(ValueError, match="no packed rows here"):
+        use_shared_prefix(model)
+    assert model.training and model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [("gpt_oss", "sink"), ("llama4_text", "chunked"), ("bloom", "AttentionInterface"), ("jamba", "state")],
