@@ -112,7 +112,7 @@ class DPOTrainer(Trainer):
         eval_dataset = _map_datasets(eval_dataset, self._tokenized)
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._new_adapter = peft_config is not None
+        self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
         self.layout = prepare_forward(base, args.layout)
         model = prepare_peft(model, peft_config, args)
         self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
@@ -324,8 +324,8 @@ class DPOTrainer(Trainer):
         log-probs.
 
         Raises:
-            ValueError: training has started and the untrained policy, which is the reference, is gone; pass the dataset
-                to the constructor instead.
+            ValueError: the reference is not kept: it was a `ref_model`, or the policy that has been trained since. Pass
+                the dataset to the constructor instead.
         """
         if isinstance(eval_dataset, Dataset | dict):
             eval_dataset = _map_datasets(eval_dataset, self._prepare_held_out)
@@ -335,10 +335,12 @@ class DPOTrainer(Trainer):
         if "ref_logps" in dataset.column_names:
             return dataset
         dataset = self._tokenized(dataset, name)
-        if self.state.global_step and not self._new_adapter and "ref_logps" not in dataset.column_names:
+        gone = self._own_reference or (self.state.global_step and not self._new_adapter)
+        if gone and "ref_logps" not in dataset.column_names:
+            reference = "ref_model" if self._own_reference else "the policy before training"
             raise ValueError(
-                f"eval_dataset {name!r} has no reference log-probs, and the reference (the policy before training) is "
-                "gone; give the dataset to DPOTrainer(eval_dataset=…) instead"
+                f"eval_dataset {name!r} has no reference log-probs, and the reference ({reference}) is not kept; give "
+                "the dataset to DPOTrainer(eval_dataset=…) instead"
             )
         return self._with_reference(dataset, name)
 

@@ -209,6 +209,9 @@ def test_an_explicit_reference_is_used(tmp_path):
     assert trainer.train_dataset["ref_logps"] != own.train_dataset["ref_logps"]
     trained(trainer)
     assert logged(trainer, "loss")[0] != pytest.approx(math.log(2), abs=1e-3)
+    fresh = make_trainer(tmp_path, ref_model=tiny_model("llama", seed=4))
+    with pytest.raises(ValueError, match="ref_model"):  # the policy must not stand in for it
+        fresh.evaluate(pairs(4, seed=9))
 
 
 def test_a_damaged_part_is_set_aside_and_recomputed(tmp_path, caplog):
