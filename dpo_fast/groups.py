@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels import GatherPlan, PrefixLayout
+from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
 
 Layout = Literal["shared", "padded"]
 
@@ -75,7 +75,7 @@ class PackedBatch:
         attention_mask: int64 [S, L], 1 on tokens (padded), else None.
         scores: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
         targets: int64 [N], the token each score row predicts.
-        cu_scores: int64 [S + 1], where the score rows of each completion begin and end.
+        score_layout: where the score rows of completions and groups begin and end.
         completion_lengths: int64 [S], completion tokens (without context), the n of length-normalised losses.
         comparisons: int64 [C, 2], (winner, loser) as indices of completions.
         comparison_weights: fp32 [C].
@@ -89,12 +89,17 @@ class PackedBatch:
     attention_mask: Tensor | None
     scores: GatherPlan
     targets: Tensor
-    cu_scores: Tensor
+    score_layout: ScoreLayout
     completion_lengths: Tensor
     comparisons: Tensor
     comparison_weights: Tensor
     ref_logps: Tensor | None
     num_tokens: int
+
+    @property
+    def cu_scores(self) -> Tensor:
+        """int64 [S + 1], where the score rows of each completion begin and end."""
+        return self.score_layout.cu_scores
 
     def to(self, *args, **kwargs) -> PackedBatch:
         """Moves every tensor, once; `non_blocking=True` overlaps it with the computation."""
@@ -162,7 +167,7 @@ def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:
 
 
 def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    ids, positions, rows, targets, counts = [], [], [], [], []
+    ids, positions, rows, targets = [], [], [], []
     start = 0
     for group in groups:
         prompt_length = len(group.prompt_ids)
@@ -180,7 +185,6 @@ def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
             positions.append(np.arange(prompt_length, prompt_length + len(completion)))
             rows.append(predicting)
             targets.append(completion[first:])
-            counts.append(len(predicting))
             start += len(completion)
     lengths = [(len(group.prompt_ids), *map(len, group.completion_ids)) for group in groups]
     return {
@@ -189,7 +193,7 @@ def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
         "prefix": PrefixLayout.build(lengths),
         "attention_mask": None,
         "num_tokens": start,
-        **_scores(rows, targets, counts),
+        **_scores(groups, rows, targets),
     }
 
 
@@ -202,21 +206,20 @@ def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> dict[s
     width = max(len(ids) for _, _, ids in sequences)
     input_ids = np.full((len(sequences), width), pad_token_id, np.int64)
     mask = np.zeros_like(input_ids)
-    rows, targets, counts = [], [], []
+    rows, targets = [], []
     for row, (prompt_length, context, ids) in enumerate(sequences):
         input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
         first = prompt_length + _first_scored(prompt_length, context)
         rows.append(np.arange(first - 1, len(ids) - 1) + row * width)
         targets.append(ids[first:])
-        counts.append(len(ids) - first)
     return {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.arange(width).expand(len(sequences), width).contiguous(),
         "prefix": None,
         "attention_mask": torch.from_numpy(mask),
         "num_tokens": int(mask.sum()),
-        **_scores(rows, targets, counts),
+        **_scores(groups, rows, targets),
     }
 
 
@@ -225,9 +228,10 @@ def _first_scored(prompt_length: int, context: int) -> int:
     return max(context, 0 if prompt_length else 1)
 
 
-def _scores(rows: list[np.ndarray], targets: list[np.ndarray], counts: list[int]) -> dict[str, Any]:
+def _scores(groups: Sequence[PreferenceGroup], rows: list[np.ndarray], targets: list[np.ndarray]) -> dict[str, Any]:
+    counts = map(len, rows)
     return {
         "scores": GatherPlan.build(np.concatenate(rows)),
         "targets": torch.from_numpy(np.concatenate(targets)),
-        "cu_scores": torch.from_numpy(np.cumsum([0, *counts])),
+        "score_layout": ScoreLayout.build([[next(counts) for _ in group.completion_ids] for group in groups]),
     }

@@ -95,3 +95,34 @@ def preference_loss(
 ) -> Tensor:
     """Weighted sum of the losses named in `types`, one value a comparison: [C]."""
     return sum(weight * LOSSES[name](comparisons, parameters) for name, weight in zip(types, weights, strict=True))
+
+
+def batch_loss(
+    logps: Tensor,  # ℓ, fp32 [S]
+    ref_logps: Tensor,  # ℓ_ref, fp32 [S]
+    lengths: Tensor,  # n, int64 [S]
+    comparisons: Tensor,  # int64 [C, 2], (winner, loser)
+    comparison_weights: Tensor,  # fp32 [C]
+    totals: Tensor,  # fp32 [2], sums over the optimizer step of the weights, and of them times the winner's tokens
+    *,
+    types: Sequence[str],
+    weights: Sequence[float],
+    parameters: LossParameters,
+) -> Tensor:
+    """A batch's share of the optimizer step's loss, the weighted mean over its comparisons: a scalar."""
+    winners, losers = comparisons.unbind(1)
+    losses = preference_loss(
+        Comparisons(
+            winner_logps=logps[winners],
+            loser_logps=logps[losers],
+            winner_ref_logps=ref_logps[winners],
+            loser_ref_logps=ref_logps[losers],
+            winner_lengths=lengths[winners],
+            loser_lengths=lengths[losers],
+            mean_winner_tokens=totals[1] / totals[0],
+        ),
+        types,
+        weights,
+        parameters,
+    )
+    return (losses * comparison_weights).sum() / totals[0]

@@ -9,6 +9,7 @@ step was cut.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,13 +36,15 @@ from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import Comparisons, LossParameters, preference_loss
+from dpo_fast.losses import LossParameters, batch_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
-from dpo_fast_kernels import attention_backend
+from dpo_fast_kernels import SequenceLoss, attention_backend
 
 logger = logging.getLogger(__name__)
+
+_STATISTICS = ("entropy", "mean_logit", "is_top1")  # that metrics are made of
 
 
 class DPOTrainer(Trainer):
@@ -138,8 +141,14 @@ class DPOTrainer(Trainer):
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
-        self._loss_parameters = LossParameters(beta=args.beta, label_smoothing=args.label_smoothing)
-        self._loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
+        self._loss = SequenceLoss(
+            functools.partial(
+                batch_loss,
+                types=args.loss_type,
+                weights=args.loss_weights or [1.0] * len(args.loss_type),
+                parameters=LossParameters(beta=args.beta, label_smoothing=args.label_smoothing),
+            )
+        )
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
@@ -265,42 +274,31 @@ class DPOTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ):
         totals = inputs["totals"] if num_items_in_batch is None else num_items_in_batch
+        totals = totals.to(self.args.device)
         loss, outputs = 0.0, []
         for packed in inputs["packs"]:
             packed = packed.to(self.args.device)
             output = model(
                 packed=packed,
-                statistics=self.args.log_completion_statistics,
+                statistics=_STATISTICS if self.args.log_completion_statistics else (),
                 aux_loss=self._aux_loss_weight != 0,
+                loss=self._loss,
+                loss_inputs=self._loss_inputs(packed, totals),
             )
-            loss = loss + self._pack_loss(output, packed, totals.to(self.args.device))
+            loss = loss + output.loss
+            if output.aux_loss is not None:
+                share = packed.comparison_weights.sum() / totals[0]
+                loss = loss + self._aux_loss_weight * share * output.aux_loss
             outputs.append((packed, self._record(output, packed)))
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # engines average over ranks, the totals are sums over ranks
         return (loss, outputs) if return_outputs else loss
 
-    def _pack_loss(self, output: PackedOutput, packed: PackedBatch, totals: Tensor) -> Tensor:
-        winners, losers = packed.comparisons.unbind(1)
-        ref_logps = torch.zeros_like(output.logps) if packed.ref_logps is None else packed.ref_logps
-        losses = preference_loss(
-            Comparisons(
-                winner_logps=output.logps[winners],
-                loser_logps=output.logps[losers],
-                winner_ref_logps=ref_logps[winners],
-                loser_ref_logps=ref_logps[losers],
-                winner_lengths=packed.completion_lengths[winners],
-                loser_lengths=packed.completion_lengths[losers],
-                mean_winner_tokens=totals[1] / totals[0],
-            ),
-            self.args.loss_type,
-            self._loss_weights,
-            self._loss_parameters,
-        )
-        loss = (losses * packed.comparison_weights).sum() / totals[0]
-        if output.aux_loss is not None:
-            share = packed.comparison_weights.sum() / totals[0]
-            loss = loss + self._aux_loss_weight * share * output.aux_loss
-        return loss
+    def _loss_inputs(self, packed: PackedBatch, totals: Tensor) -> tuple[Tensor, ...]:
+        ref_logps = packed.ref_logps
+        if ref_logps is None:
+            ref_logps = torch.zeros(len(packed.completion_lengths), device=self.args.device)
+        return ref_logps, packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals
 
     def _record(self, output: PackedOutput, packed: PackedBatch) -> Tensor:
         rewards = self.args.beta * (output.logps.detach() - packed.ref_logps)

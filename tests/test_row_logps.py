@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels import row_logps_torch
-from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import row_gradient_reference, row_logps_reference
 from numerics import assert_close_to_truth
 
@@ -29,7 +29,6 @@ TRANSFORMS = {
     "capped": LogitTransform(scale=1.5, softcap=5.0, temperature=1.3),
 }
 SIZES = [(63, 507), (7, 1003), (1, 1), (5, 8)]
-FIELDS = ("logps", "entropy", "mean_logit", "is_top1")
 
 
 def tile(n: int, v: int, dtype: torch.dtype, biased: bool, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,29 +45,39 @@ def total(z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return z.cpu().to(dtype) if bias is None else z.cpu().to(dtype) + bias.cpu().to(dtype)
 
 
+def forward(row_ops: ModuleType, z, targets, bias=None, transform=LogitTransform(), names=STATISTICS):  # noqa: B008
+    """Log-probs, log-sum-exps and the statistics `names`, whose memory is poisoned before."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    statistics = {name: torch.full((len(z),), torch.nan, dtype=dtype, device=z.device) for name in names}
+    logps, lse = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=statistics)
+    return logps, lse, statistics
+
+
 def check_forward(row_ops: ModuleType, n, v, dtype, transform, biased, device="cpu") -> None:
     z, targets, bias = tile(n, v, dtype, biased, device)
     before = z.clone()
-    actual, lse = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=True)
+    logps, lse, statistics = forward(row_ops, z, targets, bias, transform)
     assert torch.equal(z, before), "the forward must leave the tile as it is"
     eager = row_logps_reference(total(z, bias, torch.float32), targets.cpu(), transform, statistics=True)
     truth = row_logps_reference(total(z, bias, torch.float64), targets.cpu(), transform, statistics=True)
-    for name in FIELDS[:3]:
-        assert_close_to_truth(getattr(actual, name), getattr(eager, name), getattr(truth, name), name)
-    assert torch.equal(actual.is_top1.cpu(), truth.is_top1)
+    for name, value in {"logps": logps, **statistics}.items():
+        if name != "is_top1":
+            assert_close_to_truth(value, getattr(eager, name), getattr(truth, name), name)
+    assert torch.equal(statistics["is_top1"].cpu(), truth.is_top1.float())
     logits = transform(total(z, bias, torch.float64))
     assert_close_to_truth(lse, logits.float().logsumexp(-1), logits.logsumexp(-1), "lse")
-    lean, _ = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=False)
-    assert torch.equal(lean.logps, actual.logps)
-    assert lean[1:] == (None, None, None)
+    for names in ((), ("entropy",), ("log_sum_sq_probs", "is_top1")):
+        lean, _, some = forward(row_ops, z, targets, bias, transform, names)
+        assert torch.equal(lean, logps)
+        assert all(torch.equal(value, statistics[name]) for name, value in some.items())
 
 
 def check_gradient(row_ops: ModuleType, n, v, dtype, transform, biased, device="cpu") -> None:
     z, targets, bias = tile(n, v, dtype, biased, device)
     coefficient = torch.linspace(-2, 1.7, n, device=device)
     coefficient[n // 2] = 0
-    result, lse = row_ops.row_logps_fwd(z, targets, bias, transform=transform, statistics=False)
-    known = {"transform": transform, "logps": result.logps, "lse": lse}
+    logps, lse, _ = forward(row_ops, z, targets, bias, transform, ())
+    known = {"transform": transform, "logps": logps, "lse": lse}
     single, double = total(z, bias, torch.float32), total(z, bias, torch.float64)
 
     eager = row_gradient_reference(single, targets.cpu(), transform).to(dtype)
@@ -77,8 +86,8 @@ def check_gradient(row_ops: ModuleType, n, v, dtype, transform, biased, device="
     row_ops.row_logps_bwd(z.clone(), targets, bias, out=elsewhere, **known)
     assert_close_to_truth(elsewhere, eager, truth, "D")
     fused = torch.full_like(z, torch.nan)
-    again = row_ops.row_logps_fwd_bwd(z.clone(), targets, bias, transform=transform, statistics=False, out=fused)
-    assert torch.equal(again.logps, result.logps)
+    again = row_ops.row_logps_fwd_bwd(z.clone(), targets, bias, transform=transform, statistics={}, out=fused)
+    assert torch.equal(again, logps)
     assert_close_to_truth(fused, eager, truth, "D of the fused pass")
 
     eager = row_gradient_reference(single, targets.cpu(), transform, coefficient.cpu()).to(dtype)
@@ -95,15 +104,16 @@ def check_masked_vocabulary(row_ops: ModuleType, device="cpu") -> None:
     bias = torch.zeros(1003, device=device)
     bias[:600] = -torch.inf
     targets = targets % 403 + 600
-    actual, lse = row_ops.row_logps_fwd(z, targets, bias, transform=LogitTransform(), statistics=True)
+    logps, lse, statistics = forward(row_ops, z, targets, bias)
     eager, truth = (
         row_logps_reference(z[:, 600:].cpu().to(dtype), targets.cpu() - 600, statistics=True)
         for dtype in (torch.float32, torch.float64)
     )
-    assert_close_to_truth(actual.logps, eager.logps, truth.logps, "logps")
-    assert_close_to_truth(actual.entropy, eager.entropy, truth.entropy, "entropy")
-    assert torch.equal(actual.mean_logit.cpu(), torch.full((5,), -torch.inf))
-    row_ops.row_logps_bwd(z, targets, bias, actual.logps, lse, transform=LogitTransform(), out=z)
+    for name, value in {"logps": logps, **statistics}.items():
+        if name not in ("is_top1", "mean_logit"):
+            assert_close_to_truth(value, getattr(eager, name), getattr(truth, name), name)
+    assert torch.equal(statistics["mean_logit"].cpu(), torch.full((5,), -torch.inf))
+    row_ops.row_logps_bwd(z, targets, bias, logps, lse, transform=LogitTransform(), out=z)
     assert (z[:, :600] == 0).all()
     assert torch.isfinite(z).all()
 
@@ -114,9 +124,9 @@ def check_confident_target(row_ops: ModuleType, device="cpu") -> None:
     z = torch.zeros(5, 100, device=device)
     targets = torch.arange(5, device=device) * 20
     z[torch.arange(5), targets] = margins
-    result, lse = row_ops.row_logps_fwd(z, targets, None, transform=LogitTransform(), statistics=False)
-    row_ops.row_logps_bwd(z, targets, None, result.logps, lse, transform=LogitTransform(), out=z)
-    expected = -torch.expm1(result.logps.double())
+    logps, lse, _ = forward(row_ops, z, targets)
+    row_ops.row_logps_bwd(z, targets, None, logps, lse, transform=LogitTransform(), out=z)
+    expected = -torch.expm1(logps.double())
     assert ((z.double()[torch.arange(5), targets] - expected).abs() <= 4e-7 * expected).all()
 
 
@@ -125,13 +135,36 @@ def check_far_rows(row_ops: ModuleType, device="cpu") -> None:
     memory = torch.empty(2**31 + 1003, dtype=torch.float16, device=device)  # three rows of it are ever touched
     z, targets, _ = tile(3, 1003, torch.float16, False, device)
     far = memory.as_strided((3, 1003), (2**30, 1)).copy_(z)
-    near, lse = row_ops.row_logps_fwd(z, targets, None, transform=LogitTransform(), statistics=False)
-    assert torch.equal(
-        row_ops.row_logps_fwd(far, targets, None, transform=LogitTransform(), statistics=False)[0].logps, near.logps
-    )
+    logps, lse, _ = forward(row_ops, z, targets)
+    assert torch.equal(forward(row_ops, far, targets)[0], logps)
     for rows in (z, far):
-        row_ops.row_logps_bwd(rows, targets, None, near.logps, lse, transform=LogitTransform(), out=rows)
+        row_ops.row_logps_bwd(rows, targets, None, logps, lse, transform=LogitTransform(), out=rows)
     assert torch.equal(far, z)
+
+
+def check_sequence_sums(row_ops: ModuleType, device="cpu") -> None:
+    """Long and short completions; sums that fp32 would get wrong."""
+    lengths = [1, 2500, 1024, 3]
+    logps = -(10 ** torch.linspace(-4, 2, sum(lengths), device=device))
+    cu_scores = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+    truth = torch.stack([part.double().sum() for part in logps.split(lengths)])
+    for offsets in (cu_scores, cu_scores.int()):
+        assert torch.equal(row_ops.sequence_sums(logps, offsets), truth.float())
+    assert row_ops.sequence_sums(logps[:0], cu_scores[:1]).shape == (0,)
+
+
+def check_ill_placed_sums(row_ops: ModuleType, device="cpu") -> None:
+    """Where looking at offsets would wait for the device, a wrong one shows as NaN."""
+    logps = torch.full((10,), -1.0, device=device)
+    for offsets, wrong in {
+        (0, 4, 4, 10): [False, True, False],
+        (0, 5, 9): [False, True],
+        (0, 5, 11): [False, True],
+        (1, 5, 10): [True, False],
+        (0, 6, 5, 10): [False, True, False],
+    }.items():
+        sums = row_ops.sequence_sums(logps, torch.tensor(offsets, device=device))
+        assert sums.isnan().tolist() == wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +177,7 @@ def test_torch(check, n, v, dtype, transform, biased, monkeypatch):
     check(row_logps_torch, n, v, dtype, transform, biased)
 
 
-@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target])
+@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target, check_sequence_sums])
 def test_torch_edges(check):
     check(row_logps_torch)
 
@@ -168,6 +201,7 @@ def test_reference_statistics_by_hand():
     assert torch.allclose(result.logps, p[1:2].log(), atol=1e-7)
     assert torch.allclose(result.entropy, -(p * p.log()).sum()[None], atol=1e-7)
     assert result.mean_logit.item() == pytest.approx(2.0)  # logits 0, 4, 2
+    assert torch.allclose(result.log_sum_sq_probs, (p * p).sum().log()[None], atol=1e-7)
     assert result.is_top1.tolist() == [True]
     assert row_logps_reference(z, torch.tensor([2]), statistics=True).is_top1.tolist() == [False]
 
@@ -188,11 +222,20 @@ def test_transform_names_a_bad_value(argument, value):
         LogitTransform(**{argument: value})
 
 
+EDGES = (
+    check_masked_vocabulary,
+    check_confident_target,
+    check_far_rows,
+    check_sequence_sums,
+    check_ill_placed_sums,
+)
+
+
 def interpreted_checks() -> int:
     """Runs the checks on the Triton kernels, in blocks small enough that rows take several; returns how many ran."""
     from dpo_fast_kernels import row_logps
 
-    row_logps._CONFIGS[9] = (256, 8)
+    row_logps._CONFIGS[9] = {"BLOCK_V": 256, "num_warps": 8}
     cases = itertools.product(
         (check_forward, check_gradient), (torch.float32, torch.float16), TRANSFORMS.values(), (False, True)
     )
@@ -202,9 +245,9 @@ def interpreted_checks() -> int:
         count += 1
     check_forward(row_logps, 2, 1, torch.float32, LogitTransform(), True)
     check_gradient(row_logps, 2, 1003, torch.float32, TRANSFORMS["capped"], True)
-    for check in (check_masked_vocabulary, check_confident_target, check_far_rows):
+    for check in EDGES:
         check(row_logps)
-    return count + 5
+    return count + 2 + len(EDGES)
 
 
 def test_triton_kernels_interpreted():
@@ -217,7 +260,7 @@ def test_triton_kernels_interpreted():
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["checks", "29"]
+    assert run.stdout.split() == ["checks", "31"]
 
 
 @pytest.mark.gpu
@@ -233,7 +276,7 @@ def test_triton_on_gpu(check, n, v, dtype, transform, biased):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target, check_far_rows])
+@pytest.mark.parametrize("check", EDGES)
 def test_triton_edges_on_gpu(check):
     from dpo_fast_kernels import row_logps
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -279,8 +278,11 @@ def test_models_that_cannot_share_prompts_train_padded_and_say_so(tmp_path, capl
         make_trainer(tmp_path, model=tiny_model("mamba"), layout="shared")
 
 
-def test_a_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
-    """Every read of a tensor's value on the host is a `_local_scalar_dense`: there is none outside logging."""
+def test_a_step_reads_nothing_back_from_the_device(tmp_path):
+    """Every read of a tensor's value on the host is a `_local_scalar_dense`: there is none outside logging.
+
+    What the kernels' ops do inside is not seen here; the tests that need a GPU forbid synchronisation there.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class NoReads(TorchDispatchMode):
@@ -288,9 +290,6 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
             assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read back on the host"
             return function(*args, **kwargs or {})
 
-    # Targets are only checked on the CPU, where that costs no synchronisation.
-    kernel = sys.modules["dpo_fast_kernels.linear_logps"]
-    monkeypatch.setattr(kernel, "_check", lambda *args: None)
     trainer = make_trainer(tmp_path, logging_steps=100)
     step = trainer.training_step
     calls = []

@@ -3,16 +3,25 @@
 from dpo_fast_kernels.gather_rows import GatherPlan, gather_rows
 from dpo_fast_kernels.layout import PrefixLayout
 from dpo_fast_kernels.linear_logps import linear_logps
+from dpo_fast_kernels.linear_preference import PreferenceLoss, linear_preference_loss
 from dpo_fast_kernels.logits import LogitTransform, RowLogps
 from dpo_fast_kernels.prefix_attention import attention_backend, prefix_attention
+from dpo_fast_kernels.score_layout import ScoreLayout
+from dpo_fast_kernels.sequence_logps import sequence_logps
+from dpo_fast_kernels.sequence_loss import SequenceLoss
 
 __all__ = [
     "GatherPlan",
     "LogitTransform",
+    "PreferenceLoss",
     "PrefixLayout",
     "RowLogps",
+    "ScoreLayout",
+    "SequenceLoss",
     "attention_backend",
     "gather_rows",
     "linear_logps",
+    "linear_preference_loss",
     "prefix_attention",
+    "sequence_logps",
 ]

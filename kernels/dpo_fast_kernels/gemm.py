@@ -10,7 +10,7 @@ without bf16 units it is the fp32 product as it is. fp16 factors are held in fp3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,6 +83,20 @@ class Gemm:
             with _bf16_factors():
                 for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
                     acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x)
+
+    def zeros(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Returns memory to accumulate in."""
+        return torch.zeros(tuple(shape), dtype=self.sum_dtype, device=device)
+
+    def in_range(self, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Splits row coefficients into factor · unit, so that fp16 rows scaled by them neither vanish nor overflow.
+
+        The unit is None where factors have fp32's range.
+        """
+        if self.factor_dtype != torch.float16 or coefficient.numel() == 0:
+            return coefficient, None
+        unit = coefficient.abs().amax().clamp_min(torch.finfo(coefficient.dtype).tiny)
+        return coefficient / unit, unit
 
 
 def _column_blocks(columns: int, rows: int) -> Iterator[slice]:

@@ -6,6 +6,7 @@ logits = softcap·tanh(scale·z/softcap)/temperature      z = x·Wᵀ + b; witho
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,17 +59,35 @@ class LogitTransform:
         return z * self.outer if self.softcap is None else torch.tanh(z * self.inner) * self.outer
 
 
+STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
 class RowLogps(NamedTuple):
-    """What N rows of logits say about their targets. Only `logps` carries a gradient.
+    """What N rows of logits say about their targets. Only the log-probs carry a gradient.
 
     Attributes:
         logps: fp32 [N], log-prob of the target.
-        entropy: fp32 [N], entropy of the row's distribution in nat; None unless statistics were asked for.
-        mean_logit: fp32 [N], mean of the row's logits over the vocabulary; None as above.
-        is_top1: bool [N], whether no logit is larger than the target's; None as above.
+        sequence_logps: fp32 [S], sums of `logps` over completions; None unless `cu_scores` was given.
+        entropy: fp32 [N], entropy of the row's distribution in nat; None unless asked for, as all that follows.
+        mean_logit: fp32 [N], mean of the row's logits over the vocabulary.
+        is_top1: bool [N], whether no logit is larger than the target's.
+        log_sum_sq_probs: fp32 [N], log Σ_v p_v², the log of the chance that two draws agree (WPO, arXiv 2406.11827).
     """
 
     logps: Tensor
+    sequence_logps: Tensor | None = None
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+def empty_statistics(names: Collection[str], logps: Tensor) -> dict[str, Tensor]:
+    """Returns memory for the statistics `names`, a tensor like `logps` [N] each; `is_top1` is 0 or 1 in it."""
+    return {name: torch.empty_like(logps) for name in STATISTICS if name in names}
+
+
+def check_statistics(names: Collection[str]) -> None:
+    """Raises a ValueError when a name is not a statistic."""
+    if isinstance(names, str) or not set(names) <= set(STATISTICS):
+        raise ValueError(f"statistics must be a collection of names from {', '.join(STATISTICS)}, got {names!r}")

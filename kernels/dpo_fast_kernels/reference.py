@@ -37,6 +37,7 @@ def row_logps_reference(
         entropy=-torch.where(probs > 0, probs * log_probs, 0).sum(-1),
         mean_logit=logits.mean(-1),
         is_top1=logits.gather(1, targets[:, None])[:, 0] >= logits.amax(-1),
+        log_sum_sq_probs=(2 * log_probs).logsumexp(-1),
     )
 
 

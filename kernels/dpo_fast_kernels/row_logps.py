@@ -1,41 +1,31 @@
-"""One tile of logits → log-probs of the targets, and the gradient in place: Triton kernels.
+"""One tile of logits → log-probs of the targets, their sums, and the gradient in place: Triton kernels.
 
     logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂y_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂y_n
 
 z the product of the head and x = transform(z + bias) the logits, both fp32 in registers whatever the tile holds;
 y = transform.slope·(z + bias), so that D holds no constant factor: rounded to bf16, it would bias every gradient alike.
-N rows of the tile, V vocabulary. Importing this module imports Triton.
+N rows of the tile, V vocabulary, S completions. Importing this module imports Triton.
 
 Bytes moved: forward N·V·itemsize(z); gradient N·V·(itemsize(z) + itemsize(out)). No atomics: runs are bitwise equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast_kernels.logits import LogitTransform, RowLogps
+from dpo_fast_kernels._triton import Config, expm1_nonpositive, pick_config, tanh
+from dpo_fast_kernels.logits import LogitTransform
 
-# Compute capability (major) → elements of V a program handles at a time, and its warps: 16 elements a thread, four
+# Major compute capability → elements of V a program handles at a time, and its warps: 16 elements a thread, four
 # 16-byte loads of fp32 in flight. Other architectures take the last row.
-_CONFIGS = {8: (4096, 8), 9: (4096, 8), 10: (4096, 8)}
-
-
-@triton.jit
-def _expm1_nonpositive(x):
-    """e^x − 1 for x ≤ 0 to a few ulp: the series where 1 would cancel."""
-    series = 1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0))
-    series = 1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * (1.0 + x * 0.25 * (1.0 + x * 0.2 * series)))
-    return tl.where(x > -0.35, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _tanh(x):
-    t = _expm1_nonpositive(-2.0 * tl.abs(x))
-    magnitude = -t / (2.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
+_CONFIGS: dict[int, Config] = {major: {"BLOCK_V": 4096, "num_warps": 8} for major in (8, 9, 10)}
+_CANDIDATES = [{"BLOCK_V": block, "num_warps": warps} for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+_SUM_BLOCK = 1024  # token log-probs that a program adds up at a time
 
 
 @triton.jit
@@ -45,7 +35,7 @@ def _load_bounded(z_ptr, bias_ptr, offs_v, mask_v, inner, HAS_BIAS: tl.constexpr
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
-        z = _tanh(z * inner)
+        z = tanh(z * inner)
     return z
 
 
@@ -59,13 +49,17 @@ def _row_logps_fwd_kernel(
     entropy_ptr,
     mean_logit_ptr,
     is_top1_ptr,
+    log_sum_sq_probs_ptr,
     V,
     stride_zn,
     inner,
     outer,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN_LOGIT: tl.constexpr,
+    HAS_IS_TOP1: tl.constexpr,
+    HAS_LOG_SUM_SQ_PROBS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
@@ -76,21 +70,24 @@ def _row_logps_fwd_kernel(
     peak = -float("inf")
     total = 0.0  # Σ exp(x − peak)
     moment = 0.0  # Σ exp(x − peak)·(x − peak)
+    square_total = 0.0  # Σ exp(x − peak)²
     logit_sum = 0.0
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         x = _load_bounded(z_ptr, bias_ptr, offs_v, mask_v, inner, HAS_BIAS, HAS_SOFTCAP) * outer
-        if STATISTICS:
+        if HAS_MEAN_LOGIT:
             logit_sum += tl.sum(tl.where(mask_v, x, 0.0), 0)
         x = tl.where(mask_v, x, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(x, 0))
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # nothing but −inf so far: −inf − (−inf) is not 0
         decay = tl.exp(peak - shift)
         weights = tl.exp(x - shift)
-        if STATISTICS:
+        if HAS_ENTROPY:
             moved = tl.where(total > 0, total * (peak - shift), 0.0)
             moment = decay * (moment + moved) + tl.sum(tl.where(weights > 0, weights * (x - shift), 0.0), 0)
+        if HAS_LOG_SUM_SQ_PROBS:
+            square_total = square_total * decay * decay + tl.sum(weights * weights, 0)
         total = total * decay + tl.sum(weights, 0)
         peak = new_peak
 
@@ -102,10 +99,14 @@ def _row_logps_fwd_kernel(
     log_total = tl.log(total)
     tl.store(logps_ptr + pid_n, x_target - peak - log_total)
     tl.store(lse_ptr + pid_n, peak + log_total)
-    if STATISTICS:
+    if HAS_ENTROPY:
         tl.store(entropy_ptr + pid_n, log_total - moment / total)
+    if HAS_MEAN_LOGIT:
         tl.store(mean_logit_ptr + pid_n, logit_sum / V)
-        tl.store(is_top1_ptr + pid_n, x_target >= peak)
+    if HAS_IS_TOP1:
+        tl.store(is_top1_ptr + pid_n, tl.where(x_target >= peak, 1.0, 0.0))
+    if HAS_LOG_SUM_SQ_PROBS:
+        tl.store(log_sum_sq_probs_ptr + pid_n, tl.log(square_total) - 2.0 * log_total)
 
 
 @triton.jit
@@ -132,23 +133,37 @@ def _row_logps_bwd_kernel(
     mask_v = offs_v < V
     inner = tl.cast(inner, tl.float32)
     outer = tl.cast(outer, tl.float32)
+    mask_read = mask_v
+    if HAS_COEFFICIENT:
+        coefficient = tl.load(coefficient_ptr + pid_n)
+        skipped = coefficient == 0
+        mask_read = tl.where(skipped, False, mask_v)
 
-    bounded = _load_bounded(z_ptr + pid_n * stride_zn, bias_ptr, offs_v, mask_v, inner, HAS_BIAS, HAS_SOFTCAP)
+    bounded = _load_bounded(z_ptr + pid_n * stride_zn, bias_ptr, offs_v, mask_read, inner, HAS_BIAS, HAS_SOFTCAP)
     target = tl.load(targets_ptr + pid_n)
-    target_gradient = -_expm1_nonpositive(tl.load(logps_ptr + pid_n))
+    target_gradient = -expm1_nonpositive(tl.load(logps_ptr + pid_n))
     gradient = tl.where(offs_v == target, target_gradient, -tl.exp(bounded * outer - tl.load(lse_ptr + pid_n)))
     if HAS_SOFTCAP:
         gradient *= 1.0 - bounded * bounded
     if HAS_COEFFICIENT:
-        coefficient = tl.load(coefficient_ptr + pid_n)
-        gradient = tl.where(coefficient == 0, 0.0, gradient * coefficient)
+        gradient = tl.where(skipped, 0.0, gradient * coefficient)
     tl.store(out_ptr + pid_n * stride_on + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=mask_v)
 
 
-def _config(z: Tensor) -> tuple[int, int]:
-    major = torch.cuda.get_device_capability(z.device)[0] if z.is_cuda else 9
-    block, warps = _CONFIGS.get(major, _CONFIGS[max(_CONFIGS)])
-    return min(block, triton.next_power_of_2(z.shape[1])), warps
+@triton.jit
+def _sequence_sums_kernel(logps_ptr, cu_scores_ptr, sums_ptr, N, S, BLOCK_N: tl.constexpr):
+    pid_s = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_scores_ptr + pid_s).to(tl.int64)
+    end = tl.load(cu_scores_ptr + pid_s + 1).to(tl.int64)
+    valid = (start >= 0) & (start < end) & (end <= N)
+    valid = valid & ((pid_s > 0) | (start == 0)) & ((pid_s < S - 1) | (end == N))
+    acc = tl.zeros((BLOCK_N,), tl.float64)
+    if valid:
+        for block in range(start, end, BLOCK_N):
+            offs_n = block + tl.arange(0, BLOCK_N)
+            acc += tl.load(logps_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float64)
+    total = tl.sum(acc, 0).to(tl.float32)
+    tl.store(sums_ptr + pid_s, tl.where(valid, total, float("nan")))
 
 
 def row_logps_fwd(
@@ -157,39 +172,41 @@ def row_logps_fwd(
     bias: Tensor | None,  # [V]
     *,
     transform: LogitTransform,
-    statistics: bool,
-) -> tuple[RowLogps, Tensor]:  # and the log-sum-exp [N]
+    statistics: Mapping[str, Tensor],  # fp32 [N] each, filled in
+) -> tuple[Tensor, Tensor]:  # log-probs fp32 [N], log-sum-exp fp32 [N]
     """Reads a tile and leaves it as it is."""
     num_rows, vocabulary = z.shape
     logps, lse = (torch.empty(num_rows, dtype=torch.float32, device=z.device) for _ in range(2))
-    result = RowLogps(logps)
-    if statistics:
-        is_top1 = torch.empty(num_rows, dtype=torch.bool, device=z.device)
-        result = RowLogps(logps, torch.empty_like(logps), torch.empty_like(logps), is_top1)
     if num_rows == 0:
-        return result, lse
-    block, warps = _config(z)
-    with torch.cuda.device_of(z):  # Triton launches on the current device
+        return logps, lse
+
+    def launch(config: Config) -> None:
         _row_logps_fwd_kernel[(num_rows,)](
             z,
             bias,
             targets,
             logps,
             lse,
-            result.entropy,
-            result.mean_logit,
-            result.is_top1,
+            statistics.get("entropy"),
+            statistics.get("mean_logit"),
+            statistics.get("is_top1"),
+            statistics.get("log_sum_sq_probs"),
             vocabulary,
             z.stride(0),
             transform.inner,
             transform.outer,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=transform.softcap is not None,
-            STATISTICS=statistics,
-            BLOCK_V=block,
-            num_warps=warps,
+            HAS_ENTROPY="entropy" in statistics,
+            HAS_MEAN_LOGIT="mean_logit" in statistics,
+            HAS_IS_TOP1="is_top1" in statistics,
+            HAS_LOG_SUM_SQ_PROBS="log_sum_sq_probs" in statistics,
+            **config,
         )
-    return result, lse
+
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        launch(_config("row_logps_fwd", z, launch))
+    return logps, lse
 
 
 def row_logps_bwd(
@@ -203,13 +220,13 @@ def row_logps_bwd(
     out: Tensor,  # [N, V], may be z
     coefficient: Tensor | None = None,  # fp32 [N], 1 when left out
 ) -> None:
-    """Writes `coefficient_n · D_n` to `out`; a row whose coefficient is 0 becomes 0 whatever its logits."""
+    """Writes `coefficient_n · D_n` to `out`; a row whose coefficient is 0 is not read and becomes 0."""
     num_rows, vocabulary = z.shape
     if num_rows == 0:
         return
-    block, warps = _config(z)
-    with torch.cuda.device_of(z):  # Triton launches on the current device
-        _row_logps_bwd_kernel[(num_rows, triton.cdiv(vocabulary, block))](
+
+    def launch(config: Config, out: Tensor) -> None:
+        _row_logps_bwd_kernel[(num_rows, triton.cdiv(vocabulary, config["BLOCK_V"]))](
             z,
             bias,
             targets,
@@ -225,9 +242,11 @@ def row_logps_bwd(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=transform.softcap is not None,
             HAS_COEFFICIENT=coefficient is not None,
-            BLOCK_V=block,
-            num_warps=warps,
+            **config,
         )
+
+    with torch.cuda.device_of(z):
+        launch(_config("row_logps_bwd", z, lambda config: launch(config, torch.empty_like(out))), out)
 
 
 def row_logps_fwd_bwd(
@@ -236,10 +255,29 @@ def row_logps_fwd_bwd(
     bias: Tensor | None,  # [V]
     *,
     transform: LogitTransform,
-    statistics: bool,
+    statistics: Mapping[str, Tensor],
     out: Tensor,  # [N, V], may be z
-) -> RowLogps:
-    """Both of the above with coefficient 1."""
-    result, lse = row_logps_fwd(z, targets, bias, transform=transform, statistics=statistics)
-    row_logps_bwd(z, targets, bias, result.logps, lse, transform=transform, out=out)
-    return result
+) -> Tensor:
+    """Both of the above with coefficient 1; returns the log-probs."""
+    logps, lse = row_logps_fwd(z, targets, bias, transform=transform, statistics=statistics)
+    row_logps_bwd(z, targets, bias, logps, lse, transform=transform, out=out)
+    return logps
+
+
+def sequence_sums(
+    logps: Tensor,  # fp32 [N]
+    cu_scores: Tensor,  # int32 or int64 [S + 1]
+) -> Tensor:  # fp32 [S]
+    """Sums of consecutive log-probs, in float64 and a fixed order; NaN for an empty or ill-placed completion."""
+    sums = torch.empty(cu_scores.shape[0] - 1, dtype=torch.float32, device=logps.device)
+    if sums.shape[0]:
+        with torch.cuda.device_of(logps):
+            _sequence_sums_kernel[(sums.shape[0],)](
+                logps, cu_scores, sums, logps.shape[0], sums.shape[0], BLOCK_N=_SUM_BLOCK, num_warps=4
+            )
+    return sums
+
+
+def _config(kernel: str, z: Tensor, run) -> Config:
+    config = pick_config(kernel, (z.dtype, z.shape[1]), _CONFIGS, _CANDIDATES, z.device, run)
+    return {**config, "BLOCK_V": min(config["BLOCK_V"], triton.next_power_of_2(z.shape[1]))}

@@ -3,19 +3,19 @@
     logp_n = x_n[t_n] − logΣ_v exp(x_n[v])        D_n = ∂logp_n/∂y_n = (onehot(t_n) − softmax(x_n)) ⊙ ∂x_n/∂y_n
 
 z the product of the head, x = transform(z + bias) the logits and y = transform.slope·(z + bias), so that D holds no
-constant factor (`row_logps` says why). The same three functions as in `row_logps`, for tensors of any device; the tile
+constant factor (`row_logps` says why). The same functions as in `row_logps`, for tensors of any device; the tile
 is read from memory once and, for the gradient, written once.
 N rows of the tile, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.logits import LogitTransform, RowLogps
+from dpo_fast_kernels.logits import LogitTransform
 
 _CPU_BLOCK = 1 << 20  # elements a thread: 4 MiB of fp32, in the cache, and few enough blocks for threads to keep pace
 _BLOCK = 1 << 27  # elements on a device whose cache a block cannot aim at
@@ -27,18 +27,18 @@ def row_logps_fwd(
     bias: Tensor | None,  # [V]
     *,
     transform: LogitTransform,
-    statistics: bool,
-) -> tuple[RowLogps, Tensor]:  # and the log-sum-exp [N]
+    statistics: Mapping[str, Tensor],  # [N] each, filled in
+) -> tuple[Tensor, Tensor]:  # log-probs [N], log-sum-exp [N]
     """Reads a tile and leaves it as it is."""
-    result, lse = _empty_result(z, statistics), _empty_rows(z)
+    logps, lse = _empty_rows(z), _empty_rows(z)
     scratch = _Scratch()
     for rows in _row_blocks(z):
         memory = scratch.like(z[rows])
         x = _logits(z[rows], bias, transform, out=memory)
         target_logits = x.gather(1, targets[rows, None])[:, 0]
-        _log_softmax(x, targets[rows], rows, result, out=memory)
-        torch.sub(target_logits, result.logps[rows], out=lse[rows])
-    return result, lse
+        logps[rows] = _log_softmax(x, targets[rows], _part(statistics, rows), out=memory)
+        torch.sub(target_logits, logps[rows], out=lse[rows])
+    return logps, lse
 
 
 def row_logps_bwd(
@@ -71,20 +71,28 @@ def row_logps_fwd_bwd(
     bias: Tensor | None,  # [V]
     *,
     transform: LogitTransform,
-    statistics: bool,
+    statistics: Mapping[str, Tensor],
     out: Tensor,  # [N, V], may be z
-) -> RowLogps:
-    """Both of the above with coefficient 1, in one pass over the tile; spoils z."""
-    result = _empty_result(z, statistics)
+) -> Tensor:
+    """Both of the above with coefficient 1, in one pass over the tile; returns the log-probs, spoils z."""
+    logps = _empty_rows(z)
     scratch, slope_scratch = _Scratch(), _Scratch()
     for rows in _row_blocks(z):
         memory = _spoilable(z[rows], scratch)
         x = _logits(z[rows], bias, transform, out=memory)
         tanh_slope = _tanh_slope(x, transform, slope_scratch)
-        _log_softmax(x, targets[rows], rows, result, out=memory)
-        _gradient_(memory, targets[rows], result.logps[rows], tanh_slope)
+        logps[rows] = _log_softmax(x, targets[rows], _part(statistics, rows), out=memory)
+        _gradient_(memory, targets[rows], logps[rows], tanh_slope)
         _store(memory, out[rows])
-    return result
+    return logps
+
+
+def sequence_sums(
+    logps: Tensor,  # [N]
+    cu_scores: Tensor,  # int32 or int64 [S + 1]
+) -> Tensor:  # [S]
+    """Sums of consecutive log-probs, in float64 and ascending order."""
+    return torch.segment_reduce(logps.double(), "sum", offsets=cu_scores.long(), unsafe=True).to(logps.dtype)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -119,14 +127,12 @@ def _store(x: Tensor, out: Tensor) -> None:
         out.copy_(x)
 
 
-def _empty_rows(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(z.shape[0], dtype=dtype or _accumulator(z.dtype), device=z.device)
+def _empty_rows(z: Tensor) -> Tensor:
+    return torch.empty(z.shape[0], dtype=_accumulator(z.dtype), device=z.device)
 
 
-def _empty_result(z: Tensor, statistics: bool) -> RowLogps:
-    if not statistics:
-        return RowLogps(_empty_rows(z))
-    return RowLogps(_empty_rows(z), _empty_rows(z), _empty_rows(z), _empty_rows(z, torch.bool))
+def _part(statistics: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: values[rows] for name, values in statistics.items()}
 
 
 def _logits(z: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor) -> Tensor:
@@ -147,17 +153,22 @@ def _tanh_slope(x: Tensor, transform: LogitTransform, scratch: _Scratch) -> Tens
     return torch.mul(x, 1 / transform.outer, out=scratch.like(x)).square_().neg_().add_(1)
 
 
-def _log_softmax(x: Tensor, targets: Tensor, rows: slice, result: RowLogps, out: Tensor) -> None:
-    """Writes the log-probs of the logits x to `out`, which may be x, and fills in these rows of the result."""
-    if result.mean_logit is not None:
-        torch.mean(x, -1, out=result.mean_logit[rows])
+def _log_softmax(x: Tensor, targets: Tensor, statistics: Mapping[str, Tensor], out: Tensor) -> Tensor:
+    """Writes the log-probs of the logits x to `out`, which may be x, fills statistics in; returns the targets'."""
+    if "mean_logit" in statistics:
+        torch.mean(x, -1, out=statistics["mean_logit"])
     torch.log_softmax(x, -1, out=out)
-    logps = torch.gather(out, 1, targets[:, None])[:, 0]
-    result.logps[rows] = logps
-    if result.entropy is not None:
-        torch.ge(logps, out.amax(-1), out=result.is_top1[rows])
-        out.clamp_min_(torch.finfo(out.dtype).min)  # 0 · −inf is not 0
-        torch.sum(out.exp().mul_(out), -1, out=result.entropy[rows]).neg_()
+    logps = out.gather(1, targets[:, None])[:, 0]
+    if "is_top1" in statistics:
+        statistics["is_top1"].copy_(logps >= out.amax(-1))
+    if "entropy" in statistics or "log_sum_sq_probs" in statistics:
+        probs = out.exp()
+        if "log_sum_sq_probs" in statistics:
+            torch.linalg.vector_norm(probs, dim=-1, out=statistics["log_sum_sq_probs"]).log_().mul_(2)
+        if "entropy" in statistics:
+            out.clamp_min_(torch.finfo(out.dtype).min)  # 0 · −inf is not 0
+            torch.sum(probs.mul_(out), -1, out=statistics["entropy"]).neg_()
+    return logps
 
 
 def _gradient_(log_probs: Tensor, targets: Tensor, logps: Tensor, tanh_slope: Tensor | None) -> None:
