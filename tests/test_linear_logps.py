@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dpo_fast_kernels import gemm, tiles
@@ -19,6 +18,7 @@ from dpo_fast_kernels.gemm import Gemm
 from dpo_fast_kernels.linear_logps import linear_logps
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import linear_logps_reference
+from looking_inside import LargestTensor
 from numerics import assert_close_to_truth
 
 N, H, V = 100, 63, 507
@@ -144,24 +144,11 @@ def test_logits_are_made_as_often_as_promised(trains, budget, logit_rows, monkey
     assert max(rows) == TILE
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trains", [(True, True, True), (True, False, False)], ids=["trainable", "frozen"])
 def test_nothing_larger_than_a_tile(trains, dtype):
     problem = Problem(dtype)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         problem.solve(ours(transform=TRANSFORMS["capped"], budget_bytes=0), trains=trains)
     assert TILE * V <= largest.elements <= max(TILE * V, V * H)
 

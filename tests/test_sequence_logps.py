@@ -1,0 +1,140 @@
+"""Logits → log-probs of completions: near the truth, with one tensor of the logits' size, and bad input named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_fast_kernels import LogitTransform, sequence_logps
+from dpo_fast_kernels.reference import row_logps_reference
+from numerics import assert_close_to_truth
+
+LENGTHS = [1, 40, 17, 5]
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(scale=-0.3, temperature=0.7),
+    "capped": LogitTransform(scale=1.5, softcap=5.0, temperature=1.3),
+}
+
+
+def problem(dtype=torch.float32, lengths=LENGTHS, v=507, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(sum(lengths), v, generator=generator)).to(dtype).to(device)
+    targets = torch.randint(v, (sum(lengths),), generator=generator).to(device)
+    cu_scores = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=device)
+    return logits, targets, cu_scores
+
+
+def eager(transform, dtype):
+    def function(logits: Tensor, targets: Tensor, cu_scores: Tensor) -> Tensor:
+        logps = row_logps_reference(logits.to(dtype), targets, transform).logps
+        return torch.stack([part.sum() for part in logps.split(cu_scores.diff().tolist())])
+
+    return function
+
+
+def solve(function, logits, targets, cu_scores) -> tuple[Tensor, Tensor]:
+    """Sums, and the gradient of a fixed combination of them."""
+    logits = logits.detach().requires_grad_()
+    sums = function(logits, targets, cu_scores)
+    (gradient,) = torch.autograd.grad(sums @ torch.linspace(-2, 1, len(sums)).to(sums), logits)
+    return sums.detach(), gradient
+
+
+def check(dtype, transform, device="cpu", lengths=LENGTHS, v=507, backend="auto") -> None:
+    logits, targets, cu_scores = problem(dtype, lengths, v, device)
+    before = logits.clone()
+    actual = solve(lambda *x: sequence_logps(*x, transform=transform, backend=backend), logits, targets, cu_scores)
+    usual = solve(eager(transform, torch.float32), logits, targets, cu_scores)
+    true = solve(eager(transform, torch.float64), logits.double(), targets, cu_scores)
+    assert torch.equal(logits, before), "the logits are the user's"
+    assert actual[1].dtype == dtype
+    for name, *values in zip(("sums", "d logits"), actual, usual, true, strict=True):
+        assert_close_to_truth(*values, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_sums_and_gradient(transform, dtype):
+    check(dtype, transform)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_gradcheck(transform):
+    logits, targets, cu_scores = problem(torch.float64, [2, 1, 3], v=7)
+    function = lambda logits: sequence_logps(logits, targets, cu_scores, transform=transform)  # noqa: E731
+    assert torch.autograd.gradcheck(function, logits.requires_grad_())
+
+
+def test_rows_may_lie_apart():
+    logits, targets, cu_scores = problem()
+    wide = torch.full((len(logits), 1000), torch.nan)
+    wide[:, :507] = logits
+    for view in (wide[:, :507], logits.t().contiguous().t()):
+        for actual, expected in zip(
+            solve(sequence_logps, view, targets, cu_scores), solve(sequence_logps, logits, targets, cu_scores),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(actual, expected)
+
+
+def test_no_rows():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    sums = sequence_logps(logits, torch.zeros(0, dtype=torch.int64), torch.tensor([0]))
+    sums.sum().backward()
+    assert sums.shape == (0,) and logits.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("argument, change", [
+    ("logits", {"logits": torch.zeros(3)}),
+    ("logits", {"logits": torch.zeros(3, 5, dtype=torch.int64)}),
+    ("targets", {"targets": torch.tensor([0, 1])}),
+    ("targets", {"targets": torch.tensor([0, 1, 5])}),
+    ("targets", {"targets": torch.tensor([0, 1, 2], dtype=torch.int32)}),
+    ("targets", {"targets": torch.zeros(3, dtype=torch.int64, device="meta")}),
+    ("cu_scores", {"cu_scores": torch.tensor([0, 2])}),
+    ("cu_scores", {"cu_scores": torch.tensor([0, 0, 3])}),
+    ("cu_scores", {"cu_scores": torch.tensor([[0, 3]])}),
+    ("backend", {"backend": "fused"}),
+    ("backend", {"backend": "triton"}),
+])  # fmt: skip
+def test_bad_arguments_are_named(argument, change, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = {
+        "logits": torch.zeros(3, 5),
+        "targets": torch.tensor([0, 4, 1]),
+        "cu_scores": torch.tensor([0, 1, 3]),
+    }
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        sequence_logps(**{**arguments, **change})
+
+
+def interpreted_checks() -> None:
+    for dtype in (torch.float32, torch.float16):
+        for transform in TRANSFORMS.values():
+            check(dtype, transform, lengths=[1, 3, 2], backend="triton")
+    print("done")
+
+
+def test_triton_backend_interpreted():
+    pytest.importorskip("triton", reason="Triton does not exist on this platform")
+    run = subprocess.run(
+        [sys.executable, "-c", "import test_sequence_logps; test_sequence_logps.interpreted_checks()"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_on_gpu(transform, dtype):
+    check(dtype, transform, device="cuda", lengths=[512, 1, 300, 700], v=49153)
