@@ -24,10 +24,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Flags of `trl dpo` that ask for something dpo_fast does not do, with the default at which they ask for nothing.
 TRL_ONLY: dict[str, Any] = {
     "ld_alpha": None,
-    "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5,
     "use_weighting": False,
-    "discopop_tau": 0.05,
     "activation_offloading": False,
     "sync_ref_model": False,
     "ref_model_mixup_alpha": 0.6,

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
+from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence
+
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
 
@@ -149,7 +151,25 @@ class DPOConfig(TrainingArguments):
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "Probability that a preference label is flipped, in [0, 0.5)."},
+        metadata={
+            "help": "Probability that a preference label is flipped, in [0, 0.5). Means something to the losses "
+            "sigmoid, sigmoid_norm, robust and exo_pair, which needs it above 0."
+        },
+    )
+    f_divergence_type: FDivergence = field(
+        default="reverse_kl",
+        metadata={
+            "help": "Divergence from the reference that is bounded: reverse_kl, forward_kl, js_divergence or "
+            "alpha_divergence. Every loss but sft takes any of them."
+        },
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5,
+        metadata={"help": "α of the α-divergence; 1 is the reverse KL."},
+    )
+    discopop_tau: float = field(
+        default=0.05,
+        metadata={"help": "Temperature τ of the loss discopop, above 0."},
     )
 
     # Speed and memory.
@@ -175,6 +195,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        self._check_choices()
         self._check_loss()
         self._check_lengths()
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
@@ -191,9 +212,13 @@ class DPOConfig(TrainingArguments):
                 """object, for example --model_init_kwargs '{"revision": "main"}'."""
             )
 
-    def _check_loss(self) -> None:
-        from dpo_fast.losses import LOSSES
+    def _check_choices(self) -> None:
+        choices = {"truncation_mode": TruncationMode, "layout": LayoutChoice, "f_divergence_type": FDivergence}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
 
+    def _check_loss(self) -> None:
         if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta <= 0:
             raise ValueError(f"beta={self.beta!r} must be a finite number above 0; 0.1 is the usual choice.")
         if not self.loss_type:
@@ -214,6 +239,23 @@ class DPOConfig(TrainingArguments):
                 f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "
                 "Use 0 for labels that are right."
             )
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} means nothing to loss_type={self.loss_type}; set it to 0, "
+                f"or choose from {list(SMOOTHED)}."
+            )
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError(
+                "label_smoothing=0.0 is not possible with loss_type 'exo_pair'; 1e-3 is the paper's choice."
+            )
+        if not isinstance(self.f_alpha_divergence_coef, int | float) or not math.isfinite(self.f_alpha_divergence_coef):
+            raise ValueError(
+                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef!r} must be a finite number; try 0.5."
+            )
+        if not isinstance(self.discopop_tau, int | float) or not 0 < self.discopop_tau < math.inf:
+            raise ValueError(
+                f"discopop_tau={self.discopop_tau!r} must be a finite number above 0; 0.05 is the paper's."
+            )
 
     def _check_lengths(self) -> None:
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
@@ -221,9 +263,6 @@ class DPOConfig(TrainingArguments):
                 f"max_length={self.max_length!r} must be an integer of at least 2 (one token of prompt, one of "
                 "completion), or None to cut nothing."
             )
-        for name, allowed in (("truncation_mode", get_args(TruncationMode)), ("layout", get_args(LayoutChoice))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(allowed)}.")
         for name in ("max_tokens_per_micro_batch", "precompute_ref_batch_size", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

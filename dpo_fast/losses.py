@@ -5,13 +5,16 @@ only, so its gradient lives on vectors of the size of the batch and the same fun
 log-probs.
 
     ℓ   log π(y|x), summed over the completion's tokens        ℓ_ref   the same under the reference
-    r = ℓ − ℓ_ref        Δ = r_w − r_l        n   completion tokens        ε   label_smoothing
+    r = ℓ − ℓ_ref        s = f'(e^r), the score that the f-divergence makes of it; r itself for the reverse KL
+    Δ = s_w − s_l        n   completion tokens        ε   label_smoothing        σ   the logistic function
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,37 +49,134 @@ class Comparisons:
     def loser_ratios(self) -> Tensor:
         return self.loser_logps - self.loser_ref_logps
 
-    @property
-    def delta(self) -> Tensor:
-        return self.winner_ratios - self.loser_ratios
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
 @dataclass(frozen=True)
 class LossParameters:
-    """β, the strength of the pull to the reference, and ε, the probability that a preference label is flipped."""
+    """What losses may be tuned by.
+
+    Attributes:
+        beta: β, the strength of the pull to the reference.
+        label_smoothing: ε, the probability that a preference label is flipped.
+        f_divergence_type: which divergence from the reference is bounded.
+        f_alpha_divergence_coef: α of the α-divergence; 1 is the reverse KL.
+        discopop_tau: τ of `discopop`.
+    """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    f_divergence_type: FDivergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
 
 
 Loss = Callable[[Comparisons, LossParameters], Tensor]
 
 
+def score(ratio: Tensor, p: LossParameters) -> Tensor:
+    """s = f'(e^r) of f-DPO (arXiv 2309.16240), shifted so that r = 0 scores 0.
+
+    Reverse KL: r. Forward KL: 1 − e^{−r}. Jensen-Shannon: ln 2 + log σ(r). α: (e^{(α−1)r} − 1)/(α − 1).
+    """
+    if p.f_divergence_type == "forward_kl":
+        return 1 - _bounded_exp(-ratio)
+    if p.f_divergence_type == "js_divergence":
+        return math.log(2) + F.logsigmoid(ratio)
+    power = p.f_alpha_divergence_coef - 1
+    if p.f_divergence_type == "alpha_divergence" and abs(power) >= 1e-6:
+        return (_bounded_exp(power * ratio) - 1) / power
+    return ratio
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    """e^x, flat above 80, where fp32 would soon overflow."""
+    return torch.exp(x.clamp(max=80))
+
+
+def _delta(c: Comparisons, p: LossParameters) -> Tensor:
+    return score(c.winner_ratios, p) - score(c.loser_ratios, p)
+
+
+def _mean_delta(c: Comparisons, p: LossParameters) -> Tensor:
+    """s_w/n_w − s_l/n_l."""
+    winners = score(c.winner_ratios, p) / c.winner_lengths.clamp(min=1)
+    return winners - score(c.loser_ratios, p) / c.loser_lengths.clamp(min=1)
+
+
+def _smoothed_logistic(logits: Tensor, p: LossParameters) -> Tensor:
+    """−(1−ε) log σ(x) − ε log σ(−x), the cross entropy with a label that is flipped with probability ε."""
+    return -(1 - p.label_smoothing) * F.logsigmoid(logits) - p.label_smoothing * F.logsigmoid(-logits)
+
+
 def sigmoid(c: Comparisons, p: LossParameters) -> Tensor:
     """DPO (arXiv 2305.18290, eq. 7): −log σ(βΔ); with ε > 0 conservative DPO: −(1−ε) log σ(βΔ) − ε log σ(−βΔ)."""
-    logits = p.beta * c.delta
-    return -(1 - p.label_smoothing) * F.logsigmoid(logits) - p.label_smoothing * F.logsigmoid(-logits)
+    return _smoothed_logistic(p.beta * _delta(c, p), p)
+
+
+def sigmoid_norm(c: Comparisons, p: LossParameters) -> Tensor:
+    """Length-normalised DPO (Tülu 3, arXiv 2411.15124): −log σ(β(s_w/n_w − s_l/n_l)); ε as in `sigmoid`."""
+    return _smoothed_logistic(p.beta * _mean_delta(c, p), p)
 
 
 def hinge(c: Comparisons, p: LossParameters) -> Tensor:
     """SLiC (arXiv 2305.10425) as RSO writes it (arXiv 2309.06657, eq. 11): max(0, 1 − βΔ)."""
-    return torch.relu(1 - p.beta * c.delta)
+    return torch.relu(1 - p.beta * _delta(c, p))
 
 
 def ipo(c: Comparisons, p: LossParameters) -> Tensor:
-    """IPO (arXiv 2310.12036, eq. 17), averaged over tokens: (r_w/n_w − r_l/n_l − 1/(2β))²."""
-    margin = c.winner_ratios / c.winner_lengths.clamp(min=1) - c.loser_ratios / c.loser_lengths.clamp(min=1)
-    return (margin - 1 / (2 * p.beta)) ** 2
+    """IPO (arXiv 2310.12036, eq. 17), averaged over tokens: (s_w/n_w − s_l/n_l − 1/(2β))²."""
+    return (_mean_delta(c, p) - 1 / (2 * p.beta)) ** 2
+
+
+def exo_pair(c: Comparisons, p: LossParameters) -> Tensor:
+    """EXO (arXiv 2402.00856, eq. 16): KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε); needs ε > 0."""
+    logits = p.beta * _delta(c, p)
+    winner = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-p.label_smoothing))
+    return winner + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(p.label_smoothing))
+
+
+def robust(c: Comparisons, p: LossParameters) -> Tensor:
+    """Robust DPO (arXiv 2403.00409): [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), unbiased under flips."""
+    logits = p.beta * _delta(c, p)
+    clean, flipped = -(1 - p.label_smoothing) * F.logsigmoid(logits), p.label_smoothing * F.logsigmoid(-logits)
+    return (clean + flipped) / (1 - 2 * p.label_smoothing)
+
+
+def nca_pair(c: Comparisons, p: LossParameters) -> Tensor:
+    """NCA (arXiv 2402.05369) of pairs: −log σ(βs_w) − ½ log σ(−βs_w) − ½ log σ(−βs_l)."""
+    winner, loser = p.beta * score(c.winner_ratios, p), p.beta * score(c.loser_ratios, p)
+    return -F.logsigmoid(winner) - 0.5 * F.logsigmoid(-winner) - 0.5 * F.logsigmoid(-loser)
+
+
+def bco_pair(c: Comparisons, p: LossParameters) -> Tensor:
+    """BCO on pairs, without its shift δ (arXiv 2404.04656): −log σ(βs_w) − log σ(−βs_l)."""
+    winner, loser = p.beta * score(c.winner_ratios, p), p.beta * score(c.loser_ratios, p)
+    return -F.logsigmoid(winner) - F.logsigmoid(-loser)
+
+
+def sppo_hard(c: Comparisons, p: LossParameters) -> Tensor:
+    """SPPO with hard labels (arXiv 2405.00675, eq. 4.7 with P = 1 and 0): (s_w − 1/(2β))² + (s_l + 1/(2β))²."""
+    target = 0.5 / p.beta
+    return (score(c.winner_ratios, p) - target) ** 2 + (score(c.loser_ratios, p) + target) ** 2
+
+
+def apo_zero(c: Comparisons, p: LossParameters) -> Tensor:
+    """APO-zero (arXiv 2408.06266, eq. 7), for winners better than the model: 1 − σ(βs_w) + σ(βs_l)."""
+    return 1 - torch.sigmoid(p.beta * score(c.winner_ratios, p)) + torch.sigmoid(p.beta * score(c.loser_ratios, p))
+
+
+def apo_down(c: Comparisons, p: LossParameters) -> Tensor:
+    """APO-down (arXiv 2408.06266, eq. 8), for winners worse than the model: σ(βs_w) + 1 − σ(βΔ)."""
+    return torch.sigmoid(p.beta * score(c.winner_ratios, p)) + 1 - torch.sigmoid(p.beta * _delta(c, p))
+
+
+def discopop(c: Comparisons, p: LossParameters) -> Tensor:
+    """DiscoPOP (arXiv 2406.08414, eq. 5): −log σ(x)(1 − m) + e^{−x} m, with x = βΔ and m = σ(x/τ)."""
+    logits = p.beta * _delta(c, p)
+    share = torch.sigmoid(logits / p.discopop_tau)
+    return -F.logsigmoid(logits) * (1 - share) + _bounded_exp(-logits) * share
 
 
 def sft(c: Comparisons, p: LossParameters) -> Tensor:
@@ -84,7 +184,22 @@ def sft(c: Comparisons, p: LossParameters) -> Tensor:
     return -c.winner_logps / c.mean_winner_tokens
 
 
-LOSSES: dict[str, Loss] = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "sft": sft}
+LOSSES: dict[str, Loss] = {
+    "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "robust": robust,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sft": sft,
+}
+SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust")  # the losses that ε means something to
 
 
 def preference_loss(

@@ -9,6 +9,7 @@ step was cut.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -146,7 +147,9 @@ class DPOTrainer(Trainer):
                 batch_loss,
                 types=args.loss_type,
                 weights=args.loss_weights or [1.0] * len(args.loss_type),
-                parameters=LossParameters(beta=args.beta, label_smoothing=args.label_smoothing),
+                parameters=LossParameters(
+                    **{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)}
+                ),
             )
         )
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}

@@ -167,7 +167,7 @@ def test_a_bad_configuration_file_is_refused(library, tmp_path, capsys, text, wo
         (["--max_length", "long"], ["--max_length", "'long'"]),
         (["--ld_alpha", "0.5"], ["ld_alpha=0.5 is not implemented", "None"]),
         (["--use_weighting"], ["use_weighting=True is not implemented"]),
-        (["--f_divergence_type", "js_divergence"], ["f_divergence_type='js_divergence'", "'reverse_kl'"]),
+        (["--f_divergence_type", "js"], ["f_divergence_type", "js"]),
         (["--load_in_4bit"], ["quantized weights", "--use_peft"]),
         (["--load_in_4bit", "--load_in_8bit", "--use_peft"], ["exclude each other"]),
         (["--resume_from_checkpoint", "run/checkpoint-7"], ["resume_from_checkpoint=", "run/checkpoint-7"]),

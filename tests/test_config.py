@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from dpo_fast.arguments import TRL_ONLY
 from dpo_fast.config import DPOConfig
-from dpo_fast.losses import LOSSES
+from dpo_fast.losses import LOSSES, SMOOTHED
 
 DIFFERENT_FROM_TRL = {
     "logging_nan_inf_filter": False,  # its check waits for the device in every step
@@ -50,6 +50,11 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"loss_weights": [float("nan")]}, "finite"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5 must lie in \[0, 0.5\)"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+        ({"label_smoothing": 0.1, "loss_type": ["hinge", "ipo"]}, "label_smoothing=0.1 means nothing to .*'robust'"),
+        ({"loss_type": "exo_pair"}, "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl'.*'js_divergence'"),
+        ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef=inf"),
+        ({"discopop_tau": 0.0}, "discopop_tau=0.0 must be a finite number above 0"),
         ({"max_length": 1}, "max_length=1 must be an integer of at least 2"),
         ({"max_length": 12.5}, "max_length=12.5"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle'.*'keep_start', 'keep_end'"),
@@ -69,7 +74,7 @@ def test_refuses_what_cannot_work(tmp_path, options, words):
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_accepts_every_loss_that_exists_as_text_too(tmp_path, name):
-    assert make(tmp_path, loss_type=name).loss_type == [name]
+    assert make(tmp_path, loss_type=name, label_smoothing=0.1 * (name in SMOOTHED)).loss_type == [name]
 
 
 def test_bounds_themselves_are_allowed(tmp_path):

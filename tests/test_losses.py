@@ -8,83 +8,162 @@ import math
 import pytest
 import torch
 
-from dpo_fast.losses import LOSSES, Comparisons, LossParameters, preference_loss
+from dpo_fast.losses import LOSSES, SMOOTHED, Comparisons, LossParameters, preference_loss
 
 
 def comparisons(count: int = 7, seed: int = 0) -> Comparisons:
     generator = torch.Generator().manual_seed(seed)
 
-    def logps() -> torch.Tensor:
-        return (-20 * torch.rand(count, generator=generator, dtype=torch.float64)).requires_grad_()
+    def noise(scale: float) -> torch.Tensor:
+        return scale * torch.rand(count, generator=generator, dtype=torch.float64)
 
     lengths = torch.randint(1, 40, (2, count), generator=generator)
-    return Comparisons(logps(), logps(), logps(), logps(), *lengths, mean_winner_tokens=lengths[0].double().mean())
+    policy = [-noise(20), -noise(20)]
+    reference = [logps + noise(4) - 2 for logps in policy]
+    logps = [tensor.requires_grad_() for tensor in (*policy, *reference)]
+    return Comparisons(*logps, *lengths, mean_winner_tokens=lengths[0].double().mean())
 
 
 def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def formula(name: str, w: float, lo: float, rw: float, rl: float, nw: int, nl: int, mean: float, b: float, e: float):
-    delta = (w - rw) - (lo - rl)
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+DIVERGENCES = {
+    "reverse_kl": lambda r: r,
+    "forward_kl": lambda r: 1 - math.exp(-r),
+    "js_divergence": lambda r: math.log(2) + log_sigmoid(r),
+    "alpha_divergence": lambda r: (math.exp(-0.3 * r) - 1) / -0.3,  # α = 0.7
+}
+
+
+def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
+    """What the papers write, in Python's floats."""
+    w, lo, rw, rl = (float(x[row]) for x in (c.winner_logps, c.loser_logps, c.winner_ref_logps, c.loser_ref_logps))
+    nw, nl = int(c.winner_lengths[row]), int(c.loser_lengths[row])
+    b, e, tau = p.beta, p.label_smoothing, p.discopop_tau
+    sw, sl = (DIVERGENCES[p.f_divergence_type](ratio) for ratio in (w - rw, lo - rl))
+    x = b * (sw - sl)
     return {
-        "sigmoid": -(1 - e) * log_sigmoid(b * delta) - e * log_sigmoid(-b * delta),
-        "hinge": max(0.0, 1 - b * delta),
-        "ipo": ((w - rw) / nw - (lo - rl) / nl - 1 / (2 * b)) ** 2,
-        "sft": -w / mean,
-    }[name]
+        "sigmoid": lambda: -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x),
+        "sigmoid_norm": lambda: (
+            -(1 - e) * log_sigmoid(b * (sw / nw - sl / nl)) - e * log_sigmoid(-b * (sw / nw - sl / nl))
+        ),
+        "hinge": lambda: max(0.0, 1 - x),
+        "ipo": lambda: (sw / nw - sl / nl - 1 / (2 * b)) ** 2,
+        "exo_pair": lambda: sigma(x) * (log_sigmoid(x) - math.log(1 - e)) + sigma(-x) * (log_sigmoid(-x) - math.log(e)),
+        "robust": lambda: (-(1 - e) * log_sigmoid(x) + e * log_sigmoid(-x)) / (1 - 2 * e),
+        "nca_pair": lambda: -log_sigmoid(b * sw) - 0.5 * log_sigmoid(-b * sw) - 0.5 * log_sigmoid(-b * sl),
+        "bco_pair": lambda: -log_sigmoid(b * sw) - log_sigmoid(-b * sl),
+        "sppo_hard": lambda: (sw - 0.5 / b) ** 2 + (sl + 0.5 / b) ** 2,
+        "apo_zero": lambda: 1 - sigma(b * sw) + sigma(b * sl),
+        "apo_down": lambda: sigma(b * sw) + 1 - sigma(x),
+        "discopop": lambda: -log_sigmoid(x) * (1 - sigma(x / tau)) + math.exp(-x) * sigma(x / tau),
+        "sft": lambda: -w / float(c.mean_winner_tokens),
+    }[name]()
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (0.7, 0.2)])
-def test_value_equals_the_formula(name, beta, smoothing):
+def parameters(name: str, **options) -> LossParameters:
+    """Parameters that the loss can be evaluated with, α = 0.7."""
+    smoothing = options.pop("label_smoothing", 0.1)
+    smoothing = smoothing if name in SMOOTHED else 0.0
+    return LossParameters(label_smoothing=smoothing, f_alpha_divergence_coef=0.7, **options)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.05), (0.7, 0.2)])
+def test_value_equals_the_formula(name, divergence, beta, smoothing):
     c = comparisons()
-    values = LOSSES[name](c, LossParameters(beta, smoothing))
-    columns = (c.winner_logps, c.loser_logps, c.winner_ref_logps, c.loser_ref_logps, c.winner_lengths, c.loser_lengths)
-    expected = [
-        formula(name, *row, c.mean_winner_tokens.item(), beta, smoothing)
-        for row in zip(*(column.tolist() for column in columns), strict=True)
-    ]
-    assert values.tolist() == pytest.approx(expected, rel=1e-12)
+    p = parameters(name, beta=beta, label_smoothing=smoothing, f_divergence_type=divergence, discopop_tau=0.5)
+    expected = [formula(name, c, row, p) for row in range(7)]
+    assert LOSSES[name](c, p).tolist() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_gradient_is_the_derivative(name):
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_is_the_derivative(name, divergence):
     c = comparisons(seed=3)
-    parameters = LossParameters(0.3, 0.1)
+    p = parameters(name, beta=0.3, f_divergence_type=divergence, discopop_tau=0.5)
 
     def loss(winner, loser):
-        return LOSSES[name](dataclasses.replace(c, winner_logps=winner, loser_logps=loser), parameters)
+        return LOSSES[name](dataclasses.replace(c, winner_logps=winner, loser_logps=loser), p)
 
     assert torch.autograd.gradcheck(loss, (c.winner_logps, c.loser_logps))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge"])
-def test_policy_equal_to_the_reference_gives_the_loss_of_no_preference(name):
+AT_THE_REFERENCE = {
+    "sigmoid": math.log(2),
+    "sigmoid_norm": math.log(2),
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "robust": math.log(2),
+    "nca_pair": 2 * math.log(2),
+    "bco_pair": 2 * math.log(2),
+    "sppo_hard": 50.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": (math.log(2) + 1) / 2,
+    "exo_pair": -math.log(2) - 0.5 * (math.log(0.9) + math.log(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"sft"}))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_policy_equal_to_the_reference_gives_the_loss_of_no_preference(name, divergence):
     c = comparisons()
     c = dataclasses.replace(c, winner_ref_logps=c.winner_logps, loser_ref_logps=c.loser_logps)
-    expected = {"sigmoid": math.log(2), "hinge": 1.0}[name]
-    assert LOSSES[name](c, LossParameters()).tolist() == pytest.approx([expected] * 7, abs=1e-15)
+    values = LOSSES[name](c, parameters(name, f_divergence_type=divergence))
+    assert values.tolist() == pytest.approx([AT_THE_REFERENCE[name]] * 7, abs=1e-12)
 
 
-def test_swapping_winner_and_loser_flips_the_sigmoid_coefficient_at_label_smoothing():
-    c = comparisons()
-    swapped = Comparisons(
+def swapped(c: Comparisons) -> Comparisons:
+    return Comparisons(
         c.loser_logps, c.winner_logps, c.loser_ref_logps, c.winner_ref_logps, c.loser_lengths, c.winner_lengths,
         c.mean_winner_tokens,
     )  # fmt: skip
-    right = LOSSES["sigmoid"](c, LossParameters(0.1, 0.3))
-    flipped = LOSSES["sigmoid"](swapped, LossParameters(0.1, 0.7))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "exo_pair"])
+def test_swapping_winner_and_loser_is_flipping_the_label(name):
+    c = comparisons()
+    right, flipped = (LOSSES[name](x, LossParameters(0.1, e)) for x, e in ((c, 0.3), (swapped(c), 0.7)))
     assert torch.allclose(right, flipped, rtol=1e-12)
 
 
+def test_robust_is_the_clean_loss_in_expectation_over_flips():
+    c, noisy, clean = comparisons(), LossParameters(0.1, 0.3), LossParameters(0.1)
+    expected = 0.7 * LOSSES["robust"](c, noisy) + 0.3 * LOSSES["robust"](swapped(c), noisy)
+    assert torch.allclose(expected, LOSSES["sigmoid"](c, clean), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_permuting_comparisons_permutes_losses(name):
+    c, order = comparisons(), torch.tensor([3, 0, 6, 1, 2, 5, 4])
+    moved = Comparisons(
+        *(getattr(c, field.name)[order] for field in dataclasses.fields(c)[:6]), mean_winner_tokens=c.mean_winner_tokens
+    )
+    p = parameters(name)
+    assert torch.equal(LOSSES[name](moved, p), LOSSES[name](c, p)[order])
+
+
 def test_a_mix_is_the_weighted_sum_of_its_losses():
-    c, parameters = comparisons(), LossParameters(0.2, 0.1)
-    mixed = preference_loss(c, ["sigmoid", "sft"], [0.8, 0.3], parameters)
-    assert torch.allclose(mixed, 0.8 * LOSSES["sigmoid"](c, parameters) + 0.3 * LOSSES["sft"](c, parameters))
+    c, p = comparisons(), LossParameters(0.2, 0.1)
+    mixed = preference_loss(c, ["sigmoid", "sft"], [0.8, 0.3], p)
+    assert torch.allclose(mixed, 0.8 * LOSSES["sigmoid"](c, p) + 0.3 * LOSSES["sft"](c, p))
 
 
-def test_large_margins_stay_finite():
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("margin", [-1e6, 1e6])
+def test_large_margins_stay_finite(name, divergence, margin):
+    """Where TRL's discopop is 0·inf, and its forward KL inf − inf."""
     c = comparisons()
-    huge = dataclasses.replace(c, winner_logps=c.winner_logps - 1e6)
-    assert all(torch.isfinite(LOSSES[name](huge, LossParameters(0.1, 0.1))).all() for name in LOSSES)
+    winner = (c.winner_logps + margin).detach().float().requires_grad_()
+    huge = dataclasses.replace(c, winner_logps=winner)
+    values = LOSSES[name](huge, parameters(name, f_divergence_type=divergence))
+    (gradient,) = torch.autograd.grad(values.sum(), winner)
+    assert torch.isfinite(values).all() and torch.isfinite(gradient).all()

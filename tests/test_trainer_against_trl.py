@@ -40,12 +40,12 @@ CONFIGURATIONS = {
 
 def run(trainer_class, config_class, folder, name, lora, **options):
     """Trains a fresh copy of the same tiny model and returns its log, one row a step."""
+    options = {"max_steps": STEPS, **options}
     args = config_class(
         output_dir=str(folder / name),
         use_cpu=True,
         bf16=False,
         report_to=[],
-        max_steps=STEPS,
         per_device_train_batch_size=4,
         learning_rate=3e-4,
         logging_steps=1,
@@ -119,6 +119,29 @@ def test_twenty_steps_equal_trl(folder, ours, name, lora, precompute):
     assert_same_log(mine, theirs, held_out, prefix="eval_")
     for (parameter_name, a), b in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), parameter_name
+
+
+BRIEF = {
+    **{name: {} for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm")},
+    "discopop sharp": {"loss_type": ["discopop"], "discopop_tau": 0.5, "beta": 1.0},
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.2},
+    "sigmoid_norm in forward KL": {"loss_type": ["sigmoid_norm"], "f_divergence_type": "forward_kl"},
+    "mix in JS": {"loss_type": ["robust", "sft"], "f_divergence_type": "js_divergence", "label_smoothing": 0.1},
+    "hinge in JS": {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
+    "ipo in alpha": {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    "alpha 1": {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+    "exo_pair in alpha": {"loss_type": ["exo_pair"], "f_divergence_type": "alpha_divergence", "label_smoothing": 0.1},
+    "discopop in forward KL": {"loss_type": ["discopop"], "f_divergence_type": "forward_kl"},
+}
+
+
+@pytest.mark.parametrize("name", BRIEF)
+def test_ten_steps_of_every_other_loss_equal_trl(folder, name):
+    options = {"loss_type": [name], "max_steps": 10, **BRIEF[name]}
+    mine = run(DPOTrainer, DPOConfig, folder, "ours", False, reference_cache_dir=str(folder / "reference"), **options)
+    theirs = run(trl.DPOTrainer, trl.DPOConfig, folder, "theirs", False, **options)
+    assert_same_log(mine, theirs, SHARED_METRICS)
 
 
 def test_mixture_of_experts_equals_trl_with_its_load_balancing_loss(folder):
