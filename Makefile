@@ -1,15 +1,17 @@
 # demo, test, lint and bench make the environment first, from nothing but Python ≥ 3.11, again when pyproject.toml changes.
 PYTHON ?= python3
-RESULTS ?= runs/gpu
+RESULTS ?= runs/benchmarks
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 liger-kernel==0.8.5 \
+	cut-cross-entropy==25.1.1 pytest-benchmark==5.3.1
 
-.PHONY: env demo test lint bench gpu
+.PHONY: env demo test lint bench gpu gpu-wheels
 
 env: .venv/installed
 
 .venv/installed: pyproject.toml constraints/cpu.txt
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/pip install $(CONSTRAINTS) -e ".[demo,peft,trl,plot,dev]" && touch $@
+	.venv/bin/pip install $(CONSTRAINTS) -e ".[demo,peft,trl,peers,plot,dev]" && touch $@
 
 demo: env
 	.venv/bin/dpo-fast demo
@@ -21,12 +23,29 @@ lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 bench: env
-	.venv/bin/python benchmarks/bench_train.py
+	for name in head attention rows layout; do .venv/bin/python benchmarks/bench_$$name.py --out $(RESULTS) || exit 1; done
 
-# Uses the packages that PYTHON has. They may not include this one, and the repository root must stay off sys.path.
-gpu: build/gpu-path
-	PYTHONPATH=$(CURDIR)/build/gpu-path $(PYTHON) -P -m pytest -m gpu
-	PYTHONPATH=$(CURDIR)/build/gpu-path $(PYTHON) benchmarks/bench_layout.py --out $(RESULTS)
+# Uses the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one, and the
+# repository root must stay off sys.path. A step that fails or outlasts its seconds (535 in all) does not stop the others.
+gpu: export PYTHONPATH := $(CURDIR)/build/gpu-path:$(CURDIR)/build/gpu-packages
+gpu: build/gpu-path build/gpu-packages
+	@failed=; step() { name=$$1; shift; echo "== $$name"; timeout -s INT -k 5 "$$@" || failed="$$failed $$name"; }; \
+	step tests 140 $(PYTHON) -Pm pytest -m gpu; \
+	step head 195 $(PYTHON) benchmarks/bench_head.py --seconds 165 --out $(RESULTS); \
+	step attention 65 $(PYTHON) benchmarks/bench_attention.py --out $(RESULTS); \
+	step rows 50 $(PYTHON) benchmarks/bench_rows.py --seconds 32 --out $(RESULTS); \
+	step layout 85 $(PYTHON) benchmarks/bench_layout.py --out $(RESULTS); \
+	$(PYTHON) benchmarks/harness.py $(RESULTS); \
+	test -z "$$failed" || { echo "failed or out of time:$$failed"; exit 1; }
 
 build/gpu-path:
 	mkdir -p $@ && ln -s $(CURDIR)/dpo_fast $(CURDIR)/kernels/dpo_fast_kernels $@
+
+build/gpu-packages: $(wildcard build/wheels/*.whl)
+	rm -rf $@ && mkdir -p $@
+	$(if $^,$(PYTHON) -m pip install --quiet --no-index --no-deps --target $@ $^ && touch $@ || { rm -r $@; exit 1; })
+
+# What a GPU machine without network may lack, for `make gpu` there to find: a few MB, to be carried in build/wheels.
+gpu-wheels:
+	rm -rf build/wheels
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels $(GPU_WHEELS)

@@ -1,4 +1,9 @@
-"""What every benchmark needs: hardware and versions it ran on, medians with their spread, a dated result file."""
+"""What every benchmark needs: hardware and versions it ran on, medians with their spread, a dated result file.
+
+    python benchmarks/harness.py FOLDER
+
+prints a short table of what this machine's newest results in a folder say.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "liger-kernel")
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "datasets", "peft"),
+    *("trl", "flash-attn", "liger-kernel", "cut-cross-entropy"),
+)
 
 
 def hardware() -> str:
@@ -43,9 +51,11 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a machine without git
+        commit = ""
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -71,3 +81,25 @@ def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) 
     path = folder / f"{datetime.date.today().isoformat()}_{hardware()}_{question}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def summary(folder: Path) -> list[str]:
+    """Returns the short table of this machine's newest result for each question, as lines.
+
+    A result's own `summary` is taken, a list of lines; where it has none, its figures that stand by themselves.
+    """
+    newest = {}
+    for path in sorted(folder.glob(f"*_{hardware()}_*.json")):
+        newest[path.stem.split("_", 2)[2]] = path  # later dates come later
+    lines = []
+    for question, path in newest.items():
+        result = json.loads(path.read_text())
+        figures = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+        own = result.get("summary")
+        lines += ["", f"{question} ({path.name})"]
+        lines += own if isinstance(own, list) else [f"  {name}: {value:.4g}" for name, value in figures.items()]
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(summary(Path(sys.argv[1]))))

@@ -366,7 +366,15 @@ def interpreted_checks() -> int:
             problem = Problem(n=8, h=16)
             assert_solution(problem, transform, trains, budget_bytes=budget, backend="triton")
             count += 1
-    return count
+        for trains in ((True,) * 3, (True, False, False)):
+            assert_solution(Problem(n=8, h=16, v=101), transform, trains, backend="fused")
+            count += 1
+    problem = Problem(n=8, h=16, v=101)
+    arguments = (problem.hidden, problem.weight, problem.targets, problem.bias)
+    fused, tiled = (linear_logps(*arguments, statistics=STATISTICS, backend=name) for name in ("fused", "torch"))
+    for name in STATISTICS:
+        assert torch.allclose(getattr(fused, name), getattr(tiled, name), atol=1e-5), name
+    return count + 1
 
 
 def test_triton_backend_interpreted():
@@ -379,7 +387,7 @@ def test_triton_backend_interpreted():
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["problems", "9"]
+    assert run.stdout.split() == ["problems", "16"]
 
 
 @pytest.mark.gpu
@@ -392,6 +400,28 @@ def test_on_gpu(transform, trains, budget, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
     problem = Problem(dtype, n=5000, h=576, v=32003, device="cuda")
     assert_solution(problem, transform, trains, budget_bytes=budget)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trains", [(True, True, True), (True, False, False)], ids=["trainable", "frozen"])
+def test_fused_forward_on_gpu(trains, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert_solution(
+        Problem(dtype, n=5000, h=576, v=32003, device="cuda"), TRANSFORMS["capped"], trains, backend="fused"
+    )
+
+
+@pytest.mark.gpu
+def test_on_gpu_a_small_budget_takes_the_fused_forward(monkeypatch):
+    """Without gradient and with a budget below a tile, no logits are made."""
+    problem = Problem(torch.bfloat16, n=5000, h=576, v=32003, device="cuda")
+    monkeypatch.setattr(Gemm, "logits", lambda *_: pytest.fail("logits were made"))
+    fused = linear_logps(problem.hidden, problem.weight, problem.targets, problem.bias, budget_bytes=2**20)
+    true = linear_logps_reference(
+        *(x.double() for x in (problem.hidden, problem.weight)), problem.targets, problem.bias.double()
+    )
+    assert (fused.logps - true.logps).abs().max() < 1e-3
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from dpo_fast_kernels import ScoreLayout, SequenceLoss, linear_logps, linear_preference_loss, tiles
 from dpo_fast_kernels.gemm import Gemm
@@ -247,6 +248,15 @@ def test_equal_to_linear_logps_and_bitwise_the_same_again():
     assert torch.allclose(evaluated.loss, result.loss, atol=1e-6) and not evaluated.loss.requires_grad
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint(reentrant):
+    problem = Problem()
+    plain = problem.solve(problem.ours())
+    again = problem.solve(lambda *leaves: checkpoint(problem.ours(), *leaves, use_reentrant=reentrant))
+    for name in NAMES:
+        assert torch.equal(plain[name], again[name]), name
+
+
 def test_autocast_multiplies_in_its_dtype():
     """From inputs that bf16 holds, so that a single number such as the loss does not depend on luck."""
     problem = Problem()
@@ -344,6 +354,41 @@ class TestTheLoss:
         problem = Problem()
         with pytest.raises(ValueError, match="^loss: .*other groups"):
             problem.solve(problem.ours(loss=coupled))
+
+    @pytest.mark.parametrize("budget", [0, 2**31], ids=["split", "whole"])
+    def test_one_that_weighs_by_sums_of_statistics(self, budget):
+        """WPO's weights: how likely the policy is to write a completion, of no gradient."""
+
+        def weigh(logps, log_sum_sq_probs, pairs, ref, weights):
+            with torch.no_grad():
+                likely = torch.exp((logps - log_sum_sq_probs) * 0.05)
+            return dpo(logps, ref, pairs, weights * likely[pairs].prod(1))
+
+        def loss(logps, squares, mean_logits, ref, pairs, weights):
+            return weigh(logps, squares, pairs, ref, weights) + mean_logits.sum()
+
+        def outside(dtype):
+            def function(hidden, weight, bias):
+                rows = linear_logps_reference(hidden, weight, problem.targets, bias, statistics=True)
+                lengths = problem.layout.host_cu_scores.diff().tolist()
+                sums, squares, mean_logits = (
+                    torch.stack([part.sum() for part in values.split(lengths)])
+                    for values in (rows.logps, rows.log_sum_sq_probs, rows.mean_logit)
+                )
+                ref, pairs, weights = problem.loss_inputs
+                return weigh(sums, squares, pairs, ref.to(dtype), weights.to(dtype)) + mean_logits.sum(), sums
+
+            return function
+
+        problem = Problem()
+        weighted = SequenceLoss(loss, statistics=("log_sum_sq_probs", "mean_logit"))
+        actual = problem.solve(problem.ours(loss=weighted, budget_bytes=budget))
+        usual, true = problem.solve(outside(torch.float32)), problem.solve(outside(torch.float64), dtype=torch.float64)
+        for name in NAMES:
+            assert_close_to_truth(actual[name], usual[name], true[name], name)
+        with torch.no_grad():
+            evaluated, _ = problem.ours(loss=weighted)(problem.hidden, problem.weight, problem.bias)
+        assert torch.allclose(evaluated, actual["loss"], rtol=1e-5)
 
     def test_one_that_is_no_scalar_is_refused(self):
         problem = Problem()

@@ -300,8 +300,8 @@ def linear_logps(
             `log_sum_sq_probs`.
         budget_bytes: bound of a tile of logits (beyond at least 2048 rows), and of what is kept for the backward.
         backend: who does the work on rows of logits: "torch", "triton", or "fused" for a forward that is one kernel
-            (the last two: CUDA only); a named one never falls back. "auto" takes "fused" for a forward without
-            gradient when `budget_bytes` is too small for a tile.
+            (the last two: CUDA only); a named one never falls back. "auto" takes "fused" for a bf16 or fp16 forward
+            without gradient when `budget_bytes` is too small for a tile.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; on a CPU also targets outside the vocabulary, NaN or
@@ -317,7 +317,7 @@ def linear_logps(
     head_trains = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     hidden_trains = needs_grad and hidden.requires_grad
     chosen = pick_backend(backend, hidden.dtype, hidden.device)
-    if backend == "auto" and chosen == "triton" and not (head_trains or hidden_trains):
+    if backend == "auto" and chosen == "triton" and not (head_trains or hidden_trains) and dtype != torch.float32:
         too_small = budget_bytes < MIN_ROWS * bytes_per_row(weight.shape[0], Gemm(dtype, hidden.device.type))
         chosen = "fused" if too_small else chosen
     keep = "nothing"

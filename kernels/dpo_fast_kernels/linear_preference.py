@@ -48,13 +48,14 @@ class PreferenceLoss(NamedTuple):
 class _Head:
     """One pass over the tiles: logits → log-probs, sums and D, while a tile is at hand."""
 
-    def __init__(self, x, w, bias, targets, cu_scores, gemm, backend, transform, statistics):
+    def __init__(self, x, w, bias, targets, cu_scores, gemm, backend, transform, statistics, summed):
         self.x, self.w, self.gemm = x, w, gemm
         self._bias, self._targets, self._cu_scores, self._transform = bias, targets, cu_scores, transform
         self._row_ops = row_operations(backend)
         self.logps = x.new_empty(x.shape[0], dtype=gemm.sum_dtype)
         self.sums = self.logps.new_zeros(cu_scores.shape[0] - 1)  # finite, where a tile is yet to come
         self.statistics = empty_statistics(statistics.split(","), self.logps)
+        self.statistic_sums = {name: torch.zeros_like(self.sums) for name in summed}
 
     def score(self, rows: slice, memory: TileMemory) -> Tensor:
         """Fills in log-probs and statistics of some rows; returns their D."""
@@ -67,8 +68,11 @@ class _Head:
         return d
 
     def sum_up(self, tile: GroupTile) -> None:
-        """Sums the log-probs of a tile whose rows are all scored."""
-        self.sums[tile.completions] = self._row_ops.sequence_sums(self.logps[tile.rows], self._offsets(tile))
+        """Sums what the loss takes, over the completions of a tile whose rows are all scored."""
+        offsets = self._offsets(tile)
+        self.sums[tile.completions] = self._row_ops.sequence_sums(self.logps[tile.rows], offsets)
+        for name, sums in self.statistic_sums.items():
+            sums[tile.completions] = self._row_ops.sequence_sums(self.statistics[name][tile.rows], offsets)
 
     def spread(self, values: Tensor, tile: GroupTile) -> Tensor:
         """Returns every completion's value in each of its rows."""
@@ -107,16 +111,18 @@ def _linear_preference_loss(
         check_values(hidden, targets, cu_scores, weight.shape[0])
         gemm, transform = Gemm(dtype, hidden.device.type), LogitTransform(scale, softcap, temperature)
         x, w = gemm.factor(hidden), gemm.factor(weight)
-        head = _Head(x, w, bias, targets, cu_scores, gemm, backend, transform, statistics)
+        sequence_loss = SequenceLoss.of(loss)
+        summed = sequence_loss.statistics
+        head = _Head(x, w, bias, targets, cu_scores, gemm, backend, transform, statistics, summed)
+        inputs = (*head.statistic_sums.values(), *loss_inputs)
         gradients = HeadGradients(x, w, gemm, (needs_hidden, needs_weight, needs_bias), hidden.dtype)
         step, most = group_tile_rows(x.shape[0], w.shape, budget_bytes, gemm)
         tiles = list(group_tiles(host_cu_scores, cu_groups, step, most))
-        sequence_loss = SequenceLoss.of(loss)
         used = torch.zeros_like(head.sums)  # ∂loss/∂sums, as the tiles took it
 
         def coefficients(tile: GroupTile) -> Tensor:
             head.sum_up(tile)
-            used[tile.completions] = sequence_loss.gradient(head.sums, loss_inputs)[tile.completions]
+            used[tile.completions] = sequence_loss.gradient(head.sums, inputs)[tile.completions]
             return used[tile.completions] * transform.slope
 
         most_rows = max((step if tile.split else tile.rows.stop - tile.rows.start for tile in tiles), default=0)
@@ -128,7 +134,7 @@ def _linear_preference_loss(
                 d = head.score(tile.rows, memory)
                 gradients.add(tile.rows, d, head.spread(coefficients(tile), tile))
 
-        value, whole = sequence_loss.value_and_gradient(head.sums, loss_inputs)
+        value, whole = sequence_loss.value_and_gradient(head.sums, inputs)
         if len(tiles) > 1:
             value = _checked(value, used, whole)
         values = list(head.statistics.values())
@@ -238,8 +244,8 @@ def linear_preference_loss(
         targets: int64 [N], in [0, V).
         layout: where completions and groups lie among the rows.
         loss: `(sequence log-probs fp32 [S], *loss_inputs) → scalar`. The gradient of a completion may depend on
-            completions of its own group only: it is taken before other groups are scored, when theirs read 0. In a
-            compiled step it must be a `SequenceLoss` that was made outside.
+            completions of its own group only: it is taken before other groups are scored, when theirs read 0. A
+            `SequenceLoss` may also take sums of statistics; in a compiled step it must be one, made outside.
         loss_inputs: tensors that the loss takes besides, such as reference log-probs; they get no gradient.
         bias: bias of the head, [V].
         transform: scale, softcap and temperature of the logits.
@@ -262,10 +268,15 @@ def linear_preference_loss(
         raise ValueError("backend must be 'auto', 'torch' or 'triton': 'fused' keeps no logits to make gradients of")
     loss = loss if isinstance(loss, SequenceLoss) else SequenceLoss(loss)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    options = {"transform": transform, "statistics": statistics, "budget_bytes": budget_bytes, "backend": backend}
+    statistics = tuple(name for name in STATISTICS if name in statistics or name in loss.statistics)
     if not any(needs):
+        options = {"transform": transform, "statistics": statistics, "budget_bytes": budget_bytes, "backend": backend}
         rows = linear_logps(hidden, weight, targets, bias, cu_scores=layout.cu_scores, **options)
-        return PreferenceLoss(loss(rows.sequence_logps, *loss_inputs), rows)
+        sums = (
+            torch.segment_reduce(getattr(rows, name).float(), "sum", offsets=layout.cu_scores, unsafe=True)
+            for name in loss.statistics
+        )
+        return PreferenceLoss(loss(rows.sequence_logps, *sums, *loss_inputs), rows)
     value, logps, sums, stacked, *_ = _linear_preference_loss(
         hidden,
         weight,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels.dispatch import recording
+from dpo_fast_kernels.logits import check_statistics
 
 _handles = count()
 _alive: WeakValueDictionary[int, SequenceLoss] = WeakValueDictionary()
@@ -25,12 +26,15 @@ class SequenceLoss:
     """A differentiable function of the S sequence log-probs of a batch and of tensors that do not train.
 
     Args:
-        function: `(logps fp32 [S], *inputs) → scalar`, in differentiable torch operations. A completion's gradient must
-            depend on the completions of its own group only.
+        function: `(logps fp32 [S], *sums of statistics fp32 [S], *inputs) → scalar`, in differentiable torch
+            operations. A completion's gradient must depend on the completions of its own group only.
+        statistics: names of statistics of `linear_logps` whose sums over completions the function takes, as weights
+            that carry no gradient.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], statistics: Sequence[str] = ()):
+        check_statistics(statistics)
+        self.function, self.statistics = function, tuple(statistics)
         self.handle = next(_handles)
         _alive[self.handle] = self
 
@@ -39,8 +43,8 @@ class SequenceLoss:
         """Returns the loss with that handle, which its maker must have kept."""
         return _alive[handle]
 
-    def __call__(self, logps: Tensor, *inputs: Tensor) -> Tensor:
-        return self.function(logps, *inputs)
+    def __call__(self, logps: Tensor, *sums_and_inputs: Tensor) -> Tensor:
+        return self.function(logps, *sums_and_inputs)
 
     def gradient(self, logps: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """Returns ∂value/∂logps, [S]."""
