@@ -153,19 +153,34 @@ class DPOConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Probability that a preference label is flipped, in [0, 0.5). Means something to the losses "
-            "sigmoid, sigmoid_norm, robust and exo_pair, which needs it above 0."
+            "sigmoid, sigmoid_norm, simpo, cpo, robust and exo_pair, which needs it above 0."
         },
     )
     f_divergence_type: FDivergence = field(
         default="reverse_kl",
         metadata={
             "help": "Divergence from the reference that is bounded: reverse_kl, forward_kl, js_divergence or "
-            "alpha_divergence. Every loss but sft takes any of them."
+            "alpha_divergence. Means nothing to sft and to losses without a reference."
         },
     )
     f_alpha_divergence_coef: float = field(
         default=0.5,
         metadata={"help": "α of the α-divergence; 1 is the reverse KL."},
+    )
+    use_weighting: bool = field(
+        default=False,
+        metadata={
+            "help": "Weigh every comparison by how likely the policy is to write its two completions (WPO); with any "
+            "loss."
+        },
+    )
+    rpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Adds the loss nll, the winners' mean negative log-likelihood, with this weight (RPO)."},
+    )
+    simpo_gamma: float = field(
+        default=0.5,
+        metadata={"help": "Margin γ of the loss simpo, which the paper uses with a beta of 2 to 2.5."},
     )
     discopop_tau: float = field(
         default=0.05,
@@ -212,6 +227,15 @@ class DPOConfig(TrainingArguments):
                 """object, for example --model_init_kwargs '{"revision": "main"}'."""
             )
 
+    @property
+    def loss_mix(self) -> dict[str, float]:
+        """Weight of every loss by its name, with what `rpo_alpha` adds."""
+        mix: dict[str, float] = {}
+        weights = [1.0] * len(self.loss_type) if self.loss_weights is None else self.loss_weights
+        for name, weight in [*zip(self.loss_type, weights, strict=True), ("nll", self.rpo_alpha or 0.0)]:
+            mix[name] = mix.get(name, 0.0) + weight
+        return {name: weight for name, weight in mix.items() if weight or name != "nll"}
+
     def _check_choices(self) -> None:
         choices = {"truncation_mode": TruncationMode, "layout": LayoutChoice, "f_divergence_type": FDivergence}
         for name, choice in choices.items():
@@ -234,6 +258,10 @@ class DPOConfig(TrainingArguments):
                 )
             if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.loss_weights):
                 raise ValueError(f"loss_weights={self.loss_weights!r} must be finite numbers; correct the odd one out.")
+        for name in ("rpo_alpha", "simpo_gamma"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
+                raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
         if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "

@@ -63,6 +63,7 @@ class LossParameters:
         f_divergence_type: which divergence from the reference is bounded.
         f_alpha_divergence_coef: α of the α-divergence; 1 is the reverse KL.
         discopop_tau: τ of `discopop`.
+        simpo_gamma: γ of `simpo`, the margin that winners are to have.
     """
 
     beta: float = 0.1
@@ -70,6 +71,7 @@ class LossParameters:
     f_divergence_type: FDivergence = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
 
 
 Loss = Callable[[Comparisons, LossParameters], Tensor]
@@ -184,6 +186,36 @@ def sft(c: Comparisons, p: LossParameters) -> Tensor:
     return -c.winner_logps / c.mean_winner_tokens
 
 
+def nll(c: Comparisons, p: LossParameters) -> Tensor:
+    """Mean negative log-likelihood of a winner's tokens, −ℓ_w/n_w: the term that RPO adds (arXiv 2404.19733, eq. 2)."""
+    return -c.winner_logps / c.winner_lengths.clamp(min=1)
+
+
+def simpo(c: Comparisons, p: LossParameters) -> Tensor:
+    """SimPO (arXiv 2405.14734, eq. 6), without a reference: −log σ(β(ℓ_w/n_w − ℓ_l/n_l) − γ); ε as in `sigmoid`."""
+    winners, losers = c.winner_logps / c.winner_lengths.clamp(min=1), c.loser_logps / c.loser_lengths.clamp(min=1)
+    return _smoothed_logistic(p.beta * (winners - losers) - p.simpo_gamma, p)
+
+
+def cpo(c: Comparisons, p: LossParameters) -> Tensor:
+    """CPO (arXiv 2401.08417), without a reference: −log σ(β(ℓ_w − ℓ_l)) plus `nll`; ε as in `sigmoid`."""
+    return _smoothed_logistic(p.beta * (c.winner_logps - c.loser_logps), p) + nll(c, p)
+
+
+def orpo(c: Comparisons, p: LossParameters) -> Tensor:
+    """ORPO (arXiv 2403.07691, eq. 6 and 7), without a reference: `nll` − β log σ(log odds_w − log odds_l).
+
+    odds = P/(1 − P) with P = e^{ℓ/n}; β is the paper's λ.
+    """
+
+    def log_odds(logps: Tensor, lengths: Tensor) -> Tensor:
+        mean = (logps / lengths.clamp(min=1)).clamp(max=-1e-6)  # P < 1
+        return mean - torch.log(-torch.expm1(mean))
+
+    odds_ratio = log_odds(c.winner_logps, c.winner_lengths) - log_odds(c.loser_logps, c.loser_lengths)
+    return nll(c, p) - p.beta * F.logsigmoid(odds_ratio)
+
+
 LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid,
     "sigmoid_norm": sigmoid_norm,
@@ -198,8 +230,13 @@ LOSSES: dict[str, Loss] = {
     "apo_down": apo_down,
     "discopop": discopop,
     "sft": sft,
+    "nll": nll,
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
 }
-SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust")  # the losses that ε means something to
+REFERENCE_FREE = ("nll", "simpo", "cpo", "orpo")  # the losses that look at no reference log-prob
+SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "simpo", "cpo")  # the losses that ε means something to
 
 
 def preference_loss(
@@ -241,3 +278,23 @@ def batch_loss(
         parameters,
     )
     return (losses * comparison_weights).sum() / totals[0]
+
+
+def weighted_batch_loss(
+    logps: Tensor,  # ℓ, fp32 [S]
+    log_sum_sq_probs: Tensor,  # Σ_t log Σ_v p_v², fp32 [S]
+    ref_logps: Tensor,
+    lengths: Tensor,
+    comparisons: Tensor,
+    comparison_weights: Tensor,
+    totals: Tensor,
+    **options,
+) -> Tensor:
+    """`batch_loss` with the weights of WPO (arXiv 2406.11827, eq. 2): what the policy itself would write counts more.
+
+    A comparison weighs w_w·w_l with w = exp(mean_t[logp_t − log Σ_v p_v²]), of no gradient.
+    """
+    with torch.no_grad():
+        likelihood = torch.exp((logps - log_sum_sq_probs) / lengths.clamp(min=1))
+        comparison_weights = comparison_weights * likelihood[comparisons].prod(dim=1)
+    return batch_loss(logps, ref_logps, lengths, comparisons, comparison_weights, totals, **options)

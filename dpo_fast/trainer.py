@@ -37,7 +37,7 @@ from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import LossParameters, batch_loss
+from dpo_fast.losses import REFERENCE_FREE, LossParameters, batch_loss, weighted_batch_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
@@ -116,6 +116,9 @@ class DPOTrainer(Trainer):
         eval_dataset = _map_datasets(eval_dataset, self._tokenized)
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._reference_free = set(args.loss_mix) <= set(REFERENCE_FREE)
+        if self._reference_free and ref_model is not None:
+            raise ValueError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
         self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
         self.layout = prepare_forward(base, args.layout)
         model = prepare_peft(model, peft_config, args)
@@ -142,15 +145,15 @@ class DPOTrainer(Trainer):
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
+        parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
         self._loss = SequenceLoss(
             functools.partial(
-                batch_loss,
-                types=args.loss_type,
-                weights=args.loss_weights or [1.0] * len(args.loss_type),
-                parameters=LossParameters(
-                    **{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)}
-                ),
-            )
+                weighted_batch_loss if args.use_weighting else batch_loss,
+                types=list(args.loss_mix),
+                weights=list(args.loss_mix.values()),
+                parameters=parameters,
+            ),
+            statistics=("log_sum_sq_probs",) if args.use_weighting else (),
         )
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._new_tokens = 0
@@ -185,8 +188,8 @@ class DPOTrainer(Trainer):
         return dataset
 
     def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
-        """Adds the reference log-probs of `dataset`, from the store where it has them."""
-        if "ref_logps" in dataset.column_names:
+        """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
+        if "ref_logps" in dataset.column_names or self._reference_free:
             return dataset
         if self.reference_store is None:
             self.reference_store = self._open_store(ref_model)
@@ -298,13 +301,15 @@ class DPOTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_inputs(self, packed: PackedBatch, totals: Tensor) -> tuple[Tensor, ...]:
-        ref_logps = packed.ref_logps
-        if ref_logps is None:
-            ref_logps = torch.zeros(len(packed.completion_lengths), device=self.args.device)
-        return ref_logps, packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals
+        return self._ref_logps(packed), packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals
+
+    def _ref_logps(self, packed: PackedBatch) -> Tensor:
+        if packed.ref_logps is None:
+            return torch.zeros(len(packed.completion_lengths), device=self.args.device)
+        return packed.ref_logps
 
     def _record(self, output: PackedOutput, packed: PackedBatch) -> Tensor:
-        rewards = self.args.beta * (output.logps.detach() - packed.ref_logps)
+        rewards = self.args.beta * (output.logps.detach() - self._ref_logps(packed))
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].add(batch_metrics(output, packed, rewards))
         return rewards
@@ -336,6 +341,8 @@ class DPOTrainer(Trainer):
         if "ref_logps" in dataset.column_names:
             return dataset
         dataset = self._tokenized(dataset, name)
+        if self._reference_free:
+            return dataset
         gone = self._own_reference or (self.state.global_step and not self._new_adapter)
         if gone and "ref_logps" not in dataset.column_names:
             reference = "ref_model" if self._own_reference else "the policy before training"

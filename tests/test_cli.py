@@ -166,7 +166,6 @@ def test_a_bad_configuration_file_is_refused(library, tmp_path, capsys, text, wo
         (["--layout", "packed"], ["--layout", "'packed'"]),
         (["--max_length", "long"], ["--max_length", "'long'"]),
         (["--ld_alpha", "0.5"], ["ld_alpha=0.5 is not implemented", "None"]),
-        (["--use_weighting"], ["use_weighting=True is not implemented"]),
         (["--f_divergence_type", "js"], ["f_divergence_type", "js"]),
         (["--load_in_4bit"], ["quantized weights", "--use_peft"]),
         (["--load_in_4bit", "--load_in_8bit", "--use_peft"], ["exclude each other"]),

@@ -54,6 +54,8 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"loss_type": "exo_pair"}, "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl'.*'js_divergence'"),
         ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef=inf"),
+        ({"rpo_alpha": -1.0}, "rpo_alpha=-1.0 must be a finite number"),
+        ({"simpo_gamma": float("nan")}, "simpo_gamma=nan"),
         ({"discopop_tau": 0.0}, "discopop_tau=0.0 must be a finite number above 0"),
         ({"max_length": 1}, "max_length=1 must be an integer of at least 2"),
         ({"max_length": 12.5}, "max_length=12.5"),

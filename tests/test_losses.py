@@ -8,7 +8,16 @@ import math
 import pytest
 import torch
 
-from dpo_fast.losses import LOSSES, SMOOTHED, Comparisons, LossParameters, preference_loss
+from dpo_fast.losses import (
+    LOSSES,
+    REFERENCE_FREE,
+    SMOOTHED,
+    Comparisons,
+    LossParameters,
+    batch_loss,
+    preference_loss,
+    weighted_batch_loss,
+)
 
 
 def comparisons(count: int = 7, seed: int = 0) -> Comparisons:
@@ -28,6 +37,10 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
+def log_odds(mean_logp: float) -> float:
+    return math.log(math.exp(mean_logp) / (1 - math.exp(mean_logp)))
+
+
 def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -42,16 +55,18 @@ DIVERGENCES = {
 
 def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
     """What the papers write, in Python's floats."""
-    w, lo, rw, rl = (float(x[row]) for x in (c.winner_logps, c.loser_logps, c.winner_ref_logps, c.loser_ref_logps))
+    w, lo, rw, rl = (x[row].item() for x in (c.winner_logps, c.loser_logps, c.winner_ref_logps, c.loser_ref_logps))
     nw, nl = int(c.winner_lengths[row]), int(c.loser_lengths[row])
     b, e, tau = p.beta, p.label_smoothing, p.discopop_tau
     sw, sl = (DIVERGENCES[p.f_divergence_type](ratio) for ratio in (w - rw, lo - rl))
     x = b * (sw - sl)
+
+    def logistic(x: float) -> float:
+        return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+
     return {
-        "sigmoid": lambda: -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x),
-        "sigmoid_norm": lambda: (
-            -(1 - e) * log_sigmoid(b * (sw / nw - sl / nl)) - e * log_sigmoid(-b * (sw / nw - sl / nl))
-        ),
+        "sigmoid": lambda: logistic(x),
+        "sigmoid_norm": lambda: logistic(b * (sw / nw - sl / nl)),
         "hinge": lambda: max(0.0, 1 - x),
         "ipo": lambda: (sw / nw - sl / nl - 1 / (2 * b)) ** 2,
         "exo_pair": lambda: sigma(x) * (log_sigmoid(x) - math.log(1 - e)) + sigma(-x) * (log_sigmoid(-x) - math.log(e)),
@@ -63,6 +78,10 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
         "apo_down": lambda: sigma(b * sw) + 1 - sigma(x),
         "discopop": lambda: -log_sigmoid(x) * (1 - sigma(x / tau)) + math.exp(-x) * sigma(x / tau),
         "sft": lambda: -w / float(c.mean_winner_tokens),
+        "nll": lambda: -w / nw,
+        "simpo": lambda: logistic(b * (w / nw - lo / nl) - p.simpo_gamma),
+        "cpo": lambda: logistic(b * (w - lo)) - w / nw,
+        "orpo": lambda: -w / nw - b * log_sigmoid(log_odds(w / nw) - log_odds(lo / nl)),
     }[name]()
 
 
@@ -111,7 +130,7 @@ AT_THE_REFERENCE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"sft"}))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"sft", *REFERENCE_FREE}))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_policy_equal_to_the_reference_gives_the_loss_of_no_preference(name, divergence):
     c = comparisons()
@@ -125,6 +144,14 @@ def swapped(c: Comparisons) -> Comparisons:
         c.loser_logps, c.winner_logps, c.loser_ref_logps, c.winner_ref_logps, c.loser_lengths, c.winner_lengths,
         c.mean_winner_tokens,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_who_looks_at_the_reference(name):
+    c = comparisons()
+    ref = (c.winner_ref_logps, c.loser_ref_logps)
+    gradients = torch.autograd.grad(LOSSES[name](c, parameters(name)).sum(), ref, allow_unused=True)
+    assert all((gradient is None) == (name in (*REFERENCE_FREE, "sft")) for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "exo_pair"])
@@ -158,12 +185,28 @@ def test_a_mix_is_the_weighted_sum_of_its_losses():
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("margin", [-1e6, 1e6])
+@pytest.mark.parametrize("margin", [-1e6, 1e6, None])
 def test_large_margins_stay_finite(name, divergence, margin):
     """Where TRL's discopop is 0·inf, and its forward KL inf − inf."""
     c = comparisons()
-    winner = (c.winner_logps + margin).detach().float().requires_grad_()
+    winner = c.winner_logps * 0 if margin is None else c.winner_logps + margin  # a log-prob of 0 has infinite odds
+    winner = winner.detach().float().requires_grad_()
     huge = dataclasses.replace(c, winner_logps=winner)
     values = LOSSES[name](huge, parameters(name, f_divergence_type=divergence))
     (gradient,) = torch.autograd.grad(values.sum(), winner)
     assert torch.isfinite(values).all() and torch.isfinite(gradient).all()
+
+
+def test_weights_of_wpo_by_hand():
+    """Two pairs; the first one's tokens are as likely as two draws that agree, so it weighs 1."""
+    logps = torch.tensor([-2.0, -3.0, -4.0, -5.0], dtype=torch.float64, requires_grad=True)
+    squares = torch.tensor([-2.0, -3.0, -3.0, -5.0], dtype=torch.float64)
+    lengths, pairs = torch.tensor([1, 2, 2, 4]), torch.tensor([[0, 1], [2, 3]])
+    ref, weights, totals = torch.zeros(4).double(), torch.tensor([1.0, 3.0]).double(), torch.tensor([4.0, 9.0])
+    options = {"types": ["sigmoid"], "weights": [1.0], "parameters": LossParameters(0.5)}
+    value = weighted_batch_loss(logps, squares, ref, lengths, pairs, weights, totals, **options)
+    expected = (-log_sigmoid(0.5) - 3 * math.exp(-0.5) * log_sigmoid(0.5)) / 4
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    plain = batch_loss(logps, ref, lengths, pairs, weights * torch.tensor([1.0, math.exp(-0.5)]), totals, **options)
+    gradients = [torch.autograd.grad(loss, logps)[0] for loss in (value, plain)]
+    assert torch.allclose(*gradients, rtol=1e-6), "the weights carry no gradient"

@@ -306,6 +306,29 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path):
         torch.ones(1).item()
 
 
+@pytest.mark.parametrize("name", ["simpo", "cpo", "orpo", "nll"])
+def test_a_loss_without_a_reference_runs_none(tmp_path, name):
+    trainer = make_trainer(tmp_path, loss_type=[name], max_steps=3, beta=2.0, eval_dataset=pairs(4, seed=5))
+    assert trainer.reference_store is None and "ref_logps" not in trainer.train_dataset.column_names
+    trainer.train()
+    held_out = trainer.evaluate(pairs(4, seed=6))
+    assert trainer.reference_store is None, "a new held-out set needs none either"
+    assert math.isfinite(held_out["eval_loss"])
+    row = trainer.state.log_history[0]
+    assert row["rewards/chosen"] == pytest.approx(2.0 * row["logps/chosen"], rel=1e-5), "rewards are β times log-probs"
+    with pytest.raises(ValueError, match="ref_model is given"):
+        make_trainer(tmp_path, loss_type=[name], ref_model=tiny_model("llama"))
+
+
+def test_rpo_alpha_adds_the_winners_likelihood(tmp_path):
+    one = make_trainer(tmp_path, max_steps=2, rpo_alpha=0.5)
+    other = make_trainer(tmp_path, max_steps=2, loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.5])
+    for trainer in (one, other):
+        trainer.train()
+    losses = [[row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (one, other)]
+    assert losses[0] == losses[1] and losses[0][0] > math.log(2) + 0.1
+
+
 def test_statistics_can_be_left_out(tmp_path):
     trainer = make_trainer(tmp_path, log_completion_statistics=False, max_steps=1)
     trained(trainer)

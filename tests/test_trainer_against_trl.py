@@ -127,6 +127,8 @@ BRIEF = {
     "exo_pair": {"label_smoothing": 0.1},
     "robust": {"label_smoothing": 0.2},
     "sigmoid_norm in forward KL": {"loss_type": ["sigmoid_norm"], "f_divergence_type": "forward_kl"},
+    "WPO": {"loss_type": ["sigmoid"], "use_weighting": True},
+    "WPO of a mix": {"loss_type": ["ipo", "robust"], "loss_weights": [0.1, 2.0], "use_weighting": True},
     "mix in JS": {"loss_type": ["robust", "sft"], "f_divergence_type": "js_divergence", "label_smoothing": 0.1},
     "hinge in JS": {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
     "ipo in alpha": {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
