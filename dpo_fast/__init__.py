@@ -25,7 +25,7 @@ _MODULES = {
     "data": ("load_preference_dataset", "prepare_dataset"),
     "forward": ("PackedOutput", "add_dpo_forward"),
     "groups": ("PackedBatch", "PreferenceGroup", "pack"),
-    "losses": ("LOSSES", "Comparisons", "LossParameters", "preference_loss"),
+    "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "trainer": ("DPOTrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -41,6 +41,7 @@ __all__ = [
     "PackedOutput",
     "PreferenceGroup",
     "add_dpo_forward",
+    "dpo_loss",
     "load_preference_dataset",
     "pack",
     "preference_loss",

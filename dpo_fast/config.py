@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence
+from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
@@ -143,7 +143,10 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added with loss_weights: the names in dpo_fast.losses.LOSSES."},
+        metadata={
+            "help": "Loss, or several that are added with loss_weights: the names in dpo_fast.losses.LOSSES. In Python "
+            "also a function like those there."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None,
@@ -208,7 +211,7 @@ class DPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
+        if isinstance(self.loss_type, str) or callable(self.loss_type):
             self.loss_type = [self.loss_type]
         self._check_choices()
         self._check_loss()
@@ -247,9 +250,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"beta={self.beta!r} must be a finite number above 0; 0.1 is the usual choice.")
         if not self.loss_type:
             raise ValueError(f"loss_type={self.loss_type!r} must name at least one loss of {sorted(LOSSES)}.")
-        for name in self.loss_type:
-            if name not in LOSSES:
-                raise ValueError(f"loss_type={name!r} is not known; choose from {sorted(LOSSES)}.")
+        self.loss_type = [named_loss(loss) for loss in self.loss_type]
         if self.loss_weights is not None:
             if not isinstance(self.loss_weights, list | tuple) or len(self.loss_weights) != len(self.loss_type):
                 raise ValueError(

@@ -236,7 +236,22 @@ LOSSES: dict[str, Loss] = {
     "orpo": orpo,
 }
 REFERENCE_FREE = ("nll", "simpo", "cpo", "orpo")  # the losses that look at no reference log-prob
+WITH_LENGTHS = ("sigmoid_norm", "ipo", "sft", "nll", "simpo", "cpo", "orpo")  # those that count tokens
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "simpo", "cpo")  # the losses that ε means something to
+
+
+def named_loss(loss: str | Loss) -> str:
+    """Returns the name of a loss; a function of one's own enters `LOSSES` under its own name.
+
+    Raises:
+        ValueError: an unknown name, or another loss has the function's name already.
+    """
+    name = getattr(loss, "__name__", None) if callable(loss) else loss
+    if callable(loss) and name is not None and LOSSES.setdefault(name, loss) is not loss:
+        raise ValueError(f"loss_type: {name} is the name of another loss already; rename the function.")
+    if name not in LOSSES:
+        raise ValueError(f"loss_type={loss!r} is not known; choose from {sorted(LOSSES)}, or give a named function.")
+    return name
 
 
 def preference_loss(
@@ -298,3 +313,56 @@ def weighted_batch_loss(
         likelihood = torch.exp((logps - log_sum_sq_probs) / lengths.clamp(min=1))
         comparison_weights = comparison_weights * likelihood[comparisons].prod(dim=1)
     return batch_loss(logps, ref_logps, lengths, comparisons, comparison_weights, totals, **options)
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,  # [B]
+    policy_rejected_logps: Tensor,  # [B]
+    reference_chosen_logps: Tensor,  # [B]
+    reference_rejected_logps: Tensor,  # [B]
+    beta: float = 0.1,
+    loss_type: str | Loss = "sigmoid",
+    label_smoothing: float = 0.0,
+    *,
+    chosen_lengths: Tensor | None = None,  # [B]
+    rejected_lengths: Tensor | None = None,  # [B]
+    **parameters,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of B pairs for a loop of one's own, with the arguments and results of the original DPO code.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: ℓ in nats, summed over the completion's tokens.
+        reference_chosen_logps, reference_rejected_logps: ℓ_ref, likewise.
+        beta: strength of the pull to the reference.
+        loss_type: a name of `LOSSES`, or a function like those.
+        label_smoothing: probability that a label is flipped.
+        chosen_lengths, rejected_lengths: completion tokens, for the losses in `WITH_LENGTHS`.
+        parameters: other fields of `LossParameters`.
+
+    Returns:
+        Losses [B], differentiable, and the rewards β(ℓ − ℓ_ref) of chosen and rejected [B], without gradient.
+
+    Raises:
+        ValueError: an unknown loss, lengths that are missing, or shapes that differ.
+    """
+    name = named_loss(loss_type)
+    tensors = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+        "reference_chosen_logps": reference_chosen_logps,
+        "reference_rejected_logps": reference_rejected_logps,
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
+    for argument, tensor in tensors.items():
+        if tensor is None and name in WITH_LENGTHS:
+            raise ValueError(f"{argument} is missing: {name} counts tokens; give both lengths")
+        if tensor is not None and tensor.shape != policy_chosen_logps.shape:
+            raise ValueError(
+                f"{argument} must have the shape {tuple(policy_chosen_logps.shape)} of policy_chosen_logps, "
+                f"got {tuple(tensor.shape)}"
+            )
+    mean_tokens = torch.ones(()) if chosen_lengths is None else chosen_lengths.float().mean()
+    comparisons = Comparisons(*tensors.values(), mean_winner_tokens=mean_tokens)
+    losses = LOSSES[name](comparisons, LossParameters(beta=beta, label_smoothing=label_smoothing, **parameters))
+    return losses, beta * comparisons.winner_ratios.detach(), beta * comparisons.loser_ratios.detach()

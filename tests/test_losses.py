@@ -12,9 +12,12 @@ from dpo_fast.losses import (
     LOSSES,
     REFERENCE_FREE,
     SMOOTHED,
+    WITH_LENGTHS,
     Comparisons,
     LossParameters,
     batch_loss,
+    dpo_loss,
+    named_loss,
     preference_loss,
     weighted_batch_loss,
 )
@@ -210,3 +213,49 @@ def test_weights_of_wpo_by_hand():
     plain = batch_loss(logps, ref, lengths, pairs, weights * torch.tensor([1.0, math.exp(-0.5)]), totals, **options)
     gradients = [torch.autograd.grad(loss, logps)[0] for loss in (value, plain)]
     assert torch.allclose(*gradients, rtol=1e-6), "the weights carry no gradient"
+
+
+def pairs_of(c: Comparisons) -> tuple[torch.Tensor, ...]:
+    return c.winner_logps, c.loser_logps, c.winner_ref_logps, c.loser_ref_logps
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dpo_loss_is_the_loss_and_the_rewards_of_the_original_code(name):
+    c = comparisons()
+    lengths = {"chosen_lengths": c.winner_lengths, "rejected_lengths": c.loser_lengths}
+    options = {"beta": 0.3, "label_smoothing": 0.2, "discopop_tau": 0.5}
+    losses, chosen, rejected = dpo_loss(*pairs_of(c), loss_type=name, **options, **lengths)
+    assert torch.allclose(losses, LOSSES[name](c, LossParameters(**options)), rtol=1e-6)
+    assert torch.equal(chosen, 0.3 * (c.winner_logps - c.winner_ref_logps).detach())
+    assert torch.equal(rejected, 0.3 * (c.loser_logps - c.loser_ref_logps).detach())
+    assert losses.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+    if name in WITH_LENGTHS:
+        with pytest.raises(ValueError, match="^chosen_lengths is missing"):
+            dpo_loss(*pairs_of(c), loss_type=name)
+    else:
+        assert torch.equal(dpo_loss(*pairs_of(c), loss_type=name, **options)[0], losses)
+
+
+def test_dpo_loss_names_bad_arguments():
+    c = comparisons()
+    with pytest.raises(ValueError, match="^policy_rejected_logps must have the shape"):
+        dpo_loss(c.winner_logps, c.loser_logps[1:], c.winner_ref_logps, c.loser_ref_logps)
+    with pytest.raises(ValueError, match="loss_type='dop' is not known"):
+        dpo_loss(*pairs_of(c), loss_type="dop")
+
+
+def test_a_function_of_ones_own_is_a_loss(monkeypatch):
+    monkeypatch.setattr("dpo_fast.losses.LOSSES", dict(LOSSES))
+
+    def cauchy(c: Comparisons, p: LossParameters) -> torch.Tensor:
+        return torch.log1p((1 - p.beta * (c.winner_ratios - c.loser_ratios)) ** 2)
+
+    c = comparisons()
+    losses, _, _ = dpo_loss(*pairs_of(c), beta=0.2, loss_type=cauchy)
+    assert torch.equal(losses, cauchy(c, LossParameters(0.2)))
+    assert named_loss("cauchy") == named_loss(cauchy) == "cauchy"
+    cauchy.__name__ = "sigmoid"
+    with pytest.raises(ValueError, match="sigmoid is the name of another loss"):
+        named_loss(cauchy)
+    with pytest.raises(ValueError, match="is not known"):
+        named_loss(7)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.forward import PackedOutput
+from dpo_fast.losses import LOSSES
 from dpo_fast.trainer import DPOTrainer
 from families import VOCAB, tiny_model, tiny_tokenizer
 
@@ -318,6 +319,21 @@ def test_a_loss_without_a_reference_runs_none(tmp_path, name):
     assert row["rewards/chosen"] == pytest.approx(2.0 * row["logps/chosen"], rel=1e-5), "rewards are β times log-probs"
     with pytest.raises(ValueError, match="ref_model is given"):
         make_trainer(tmp_path, loss_type=[name], ref_model=tiny_model("llama"))
+
+
+def test_a_function_of_ones_own_trains_like_any_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_fast.losses.LOSSES", dict(LOSSES))
+
+    def logistic(comparisons, parameters):
+        delta = comparisons.winner_ratios - comparisons.loser_ratios
+        return torch.nn.functional.softplus(-parameters.beta * delta)
+
+    mine, usual = (make_trainer(tmp_path, loss_type=loss) for loss in (logistic, "sigmoid"))
+    for trainer in (mine, usual):
+        trainer.train()
+    assert mine.args.loss_type == ["logistic"], "a name, so that the configuration can be saved"
+    for one, other in zip(mine.model.parameters(), usual.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_rpo_alpha_adds_the_winners_likelihood(tmp_path):
