@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence, named_loss
+from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
+CoupleChoice = Literal["step", "micro_batch"]
 
 
 @dataclass
@@ -156,7 +157,7 @@ class DPOConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Probability that a preference label is flipped, in [0, 0.5). Means something to the losses "
-            "sigmoid, sigmoid_norm, simpo, cpo, robust and exo_pair, which needs it above 0."
+            "sigmoid, sigmoid_norm, simpo, cpo, robust, aot, aot_unpaired and exo_pair, which needs it above 0."
         },
     )
     f_divergence_type: FDivergence = field(
@@ -175,6 +176,13 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "Weigh every comparison by how likely the policy is to write its two completions (WPO); with any "
             "loss."
+        },
+    )
+    couple: CoupleChoice = field(
+        default="step",
+        metadata={
+            "help": "What aot and aot_unpaired sort together: the comparisons of the whole optimizer step, over "
+            "micro-batches and ranks, or those of a 'micro_batch', as TRL does."
         },
     )
     rpo_alpha: float | None = field(
@@ -240,7 +248,12 @@ class DPOConfig(TrainingArguments):
         return {name: weight for name, weight in mix.items() if weight or name != "nll"}
 
     def _check_choices(self) -> None:
-        choices = {"truncation_mode": TruncationMode, "layout": LayoutChoice, "f_divergence_type": FDivergence}
+        choices = {
+            "truncation_mode": TruncationMode,
+            "layout": LayoutChoice,
+            "f_divergence_type": FDivergence,
+            "couple": CoupleChoice,
+        }
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
@@ -272,6 +285,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r} means nothing to loss_type={self.loss_type}; set it to 0, "
                 f"or choose from {list(SMOOTHED)}."
+            )
+        if self.use_weighting and set(self.loss_type) & set(COUPLED):
+            raise ValueError(
+                f"use_weighting=True has no pair to weigh in {list(COUPLED)}, which sort both sides apart; "
+                f"turn it off, or leave them out of loss_type={self.loss_type}."
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError(

@@ -181,6 +181,20 @@ def discopop(c: Comparisons, p: LossParameters) -> Tensor:
     return -F.logsigmoid(logits) * (1 - share) + _bounded_exp(-logits) * share
 
 
+def aot(c: Comparisons, p: LossParameters) -> Tensor:
+    """AOT (arXiv 2406.05882) of pairs: d = sort(ℓ_w − ℓ_l) − sort(ℓ_w^ref − ℓ_l^ref), −(1−ε) log σ(βd) − ε log σ(−βd).
+
+    It asks that the policy's margins dominate the reference's as a distribution, and couples the whole step.
+    """
+    policy, reference = c.winner_logps - c.loser_logps, c.winner_ref_logps - c.loser_ref_logps
+    return _smoothed_logistic(p.beta * (policy.sort().values - reference.sort().values), p)
+
+
+def aot_unpaired(c: Comparisons, p: LossParameters) -> Tensor:
+    """AOT (arXiv 2406.05882) of unpaired sides: d = sort(r_w) − sort(r_l), as in `aot`."""
+    return _smoothed_logistic(p.beta * (c.winner_ratios.sort().values - c.loser_ratios.sort().values), p)
+
+
 def sft(c: Comparisons, p: LossParameters) -> Tensor:
     """Negative log-likelihood of the winners; over a step, the mean over their tokens: −ℓ_w / mean(n_w)."""
     return -c.winner_logps / c.mean_winner_tokens
@@ -229,15 +243,27 @@ LOSSES: dict[str, Loss] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
     "sft": sft,
     "nll": nll,
     "simpo": simpo,
     "cpo": cpo,
     "orpo": orpo,
 }
+COUPLED = ("aot", "aot_unpaired")  # the losses of a comparison that depend on all others of the step
 REFERENCE_FREE = ("nll", "simpo", "cpo", "orpo")  # the losses that look at no reference log-prob
 WITH_LENGTHS = ("sigmoid_norm", "ipo", "sft", "nll", "simpo", "cpo", "orpo")  # those that count tokens
-SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "simpo", "cpo")  # the losses that ε means something to
+SMOOTHED = (
+    "sigmoid",
+    "sigmoid_norm",
+    "exo_pair",
+    "robust",
+    "aot",
+    "aot_unpaired",
+    "simpo",
+    "cpo",
+)  # the losses that ε means something to
 
 
 def named_loss(loss: str | Loss) -> str:

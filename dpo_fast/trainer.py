@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -32,12 +33,13 @@ from dpo_fast.cache_dir import cache_dir
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
+from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary, prepare_dataset
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import REFERENCE_FREE, LossParameters, batch_loss, weighted_batch_loss
+from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters, batch_loss, weighted_batch_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
@@ -155,6 +157,7 @@ class DPOTrainer(Trainer):
             ),
             statistics=("log_sum_sq_probs",) if args.use_weighting else (),
         )
+        self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
@@ -257,7 +260,26 @@ class DPOTrainer(Trainer):
         if not batch_samples:
             return None
         totals = sum(batch["totals"] for batch in batch_samples).to(device)
-        return self.accelerator.gather(totals[None]).sum(dim=0)
+        totals = self.accelerator.gather(totals[None]).sum(dim=0)
+        if self._coupled and self.args.couple == "step":
+            self._couple(batch_samples, totals, self.accelerator)
+        for batch in batch_samples if self._coupled and self.args.couple == "micro_batch" else ():
+            self._couple([batch], totals)
+        return totals
+
+    def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
+        """Finds out in a first pass how the packs of `batches` depend on each other, unless they are one and alone."""
+        packs = [packed for batch in batches for packed in batch["packs"]]
+        if len(packs) == 1 and (accelerator is None or accelerator.num_processes == 1):
+            return
+        model = self.model_wrapped.train()
+        packs = [packed.to(self.args.device) for packed in packs]
+        with torch.no_grad(), self.accelerator.autocast():
+            logps = [model(packed=packed).logps for packed in packs]
+        ref_logps = [self._ref_logps(packed) for packed in packs]
+        coefficients = iter(step_coefficients(packs, logps, ref_logps, totals, self._loss, accelerator))
+        for batch in batches:
+            batch["coefficients"] = [next(coefficients) for _ in batch["packs"]]
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None = None
@@ -266,8 +288,12 @@ class DPOTrainer(Trainer):
         loss = 0.0
         for index, packed in enumerate(packs):
             last = index == len(packs) - 1
+            part = {
+                "packs": [packed],
+                "coefficients": inputs.get("coefficients", [None] * len(packs))[index : index + 1],
+            }
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = loss + super().training_step(model, {"packs": [packed]}, num_items_in_batch)
+                loss = loss + super().training_step(model, part, num_items_in_batch)
         self._metrics["train"].end_batch()
         self._new_tokens += sum(packed.num_tokens for packed in packs)
         return loss
@@ -281,27 +307,38 @@ class DPOTrainer(Trainer):
     ):
         totals = inputs["totals"] if num_items_in_batch is None else num_items_in_batch
         totals = totals.to(self.args.device)
+        packs = [packed.to(self.args.device) for packed in inputs["packs"]]
+        coefficients = inputs.get("coefficients") or [None] * len(packs)
         loss, outputs = 0.0, []
-        for packed in inputs["packs"]:
-            packed = packed.to(self.args.device)
+        for packed, known in zip(packs, coefficients, strict=True):
             output = model(
                 packed=packed,
                 statistics=_STATISTICS if self.args.log_completion_statistics else (),
                 aux_loss=self._aux_loss_weight != 0,
-                loss=self._loss,
-                loss_inputs=self._loss_inputs(packed, totals),
+                **self._loss_arguments(packed, totals, known),
             )
-            loss = loss + output.loss
+            if output.loss is not None:
+                loss = loss + output.loss
             if output.aux_loss is not None:
                 share = packed.comparison_weights.sum() / totals[0]
                 loss = loss + self._aux_loss_weight * share * output.aux_loss
-            outputs.append((packed, self._record(output, packed)))
+            outputs.append((packed, output))
+        if self._coupled and coefficients[0] is None:
+            ref_logps = [self._ref_logps(packed) for packed in packs]
+            loss = loss + step_loss(packs, [output.logps for _, output in outputs], ref_logps, totals, self._loss)
+        rewards = [(packed, self._record(output, packed)) for packed, output in outputs]
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # engines average over ranks, the totals are sums over ranks
-        return (loss, outputs) if return_outputs else loss
+        return (loss, rewards) if return_outputs else loss
 
-    def _loss_inputs(self, packed: PackedBatch, totals: Tensor) -> tuple[Tensor, ...]:
-        return self._ref_logps(packed), packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals
+    def _loss_arguments(self, packed: PackedBatch, totals: Tensor, coefficients: Coefficients | None) -> dict[str, Any]:
+        """What the model's forward is told of the loss: all of it, its gradient, or nothing where packs are coupled."""
+        if coefficients is not None:
+            return {"loss": self._surrogate, "loss_inputs": (coefficients.gradient, coefficients.share)}
+        if self._coupled:
+            return {}
+        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals)
+        return {"loss": self._loss, "loss_inputs": (self._ref_logps(packed), *inputs)}
 
     def _ref_logps(self, packed: PackedBatch) -> Tensor:
         if packed.ref_logps is None:

@@ -54,6 +54,8 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"loss_type": "exo_pair"}, "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl'.*'js_divergence'"),
         ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef=inf"),
+        ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting=True has no pair to weigh"),
+        ({"couple": "batch"}, "couple='batch'.*'micro_batch'"),
         ({"rpo_alpha": -1.0}, "rpo_alpha=-1.0 must be a finite number"),
         ({"simpo_gamma": float("nan")}, "simpo_gamma=nan"),
         ({"discopop_tau": 0.0}, "discopop_tau=0.0 must be a finite number above 0"),

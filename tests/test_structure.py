@@ -19,7 +19,7 @@ LAYERS = (
     {"dpo_fast_kernels"},
     {"groups", "losses", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
-    | {"models", "checkpoints", "collator", "sampler", "reference", "forward", "metrics"},
+    | {"models", "checkpoints", "collator", "coupling", "sampler", "reference", "forward", "metrics"},
     {"trainer"},
     {"cli", "arguments", "doctor", "demo", "integrations"},
 )

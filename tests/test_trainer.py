@@ -336,6 +336,33 @@ def test_a_function_of_ones_own_trains_like_any_loss(tmp_path, monkeypatch):
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_coupled_loss_does_not_depend_on_how_a_step_is_cut(tmp_path, name):
+    """One pack of 4, packs under a token budget, and 2 × 2 or 4 × 1 micro-batches: the same losses and weights."""
+    cuts = [
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 4, "max_tokens_per_micro_batch": 45},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
+    trainers = [make_trainer(tmp_path, loss_type=[name, "sft"], beta=1.0, **cut) for cut in cuts]
+    packs = []
+    for trainer in trainers:
+        step = trainer.training_step
+        trainer.training_step = lambda model, inputs, *rest, step=step: (
+            packs.append(len(inputs["packs"])) or step(model, inputs, *rest)
+        )
+        trainer.train()
+    assert max(packs) > 1, "the token budget cuts"
+    logs = [[row for row in trainer.state.log_history if "loss" in row] for trainer in trainers]
+    for other, log in zip(trainers[1:], logs[1:], strict=True):
+        for mine, row in zip(logs[0], log, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert row[key] == pytest.approx(mine[key], rel=1e-4), key
+        for a, b in zip(trainers[0].model.parameters(), other.model.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+
+
 def test_rpo_alpha_adds_the_winners_likelihood(tmp_path):
     one = make_trainer(tmp_path, max_steps=2, rpo_alpha=0.5)
     other = make_trainer(tmp_path, max_steps=2, loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.5])

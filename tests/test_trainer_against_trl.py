@@ -127,6 +127,10 @@ BRIEF = {
     "exo_pair": {"label_smoothing": 0.1},
     "robust": {"label_smoothing": 0.2},
     "sigmoid_norm in forward KL": {"loss_type": ["sigmoid_norm"], "f_divergence_type": "forward_kl"},
+    "aot": {},
+    "aot smoothed": {"loss_type": ["aot"], "label_smoothing": 0.2, "beta": 1.0},
+    "aot_unpaired": {},
+    "aot in a mix": {"loss_type": ["sigmoid", "aot_unpaired", "sft"], "loss_weights": [1.0, 0.5, 0.2]},
     "WPO": {"loss_type": ["sigmoid"], "use_weighting": True},
     "WPO of a mix": {"loss_type": ["ipo", "robust"], "loss_weights": [0.1, 2.0], "use_weighting": True},
     "mix in JS": {"loss_type": ["robust", "sft"], "f_divergence_type": "js_divergence", "label_smoothing": 0.1},
@@ -136,6 +140,20 @@ BRIEF = {
     "exo_pair in alpha": {"loss_type": ["exo_pair"], "f_divergence_type": "alpha_divergence", "label_smoothing": 0.1},
     "discopop in forward KL": {"loss_type": ["discopop"], "f_divergence_type": "forward_kl"},
 }
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_sorting_within_a_micro_batch_equals_trl(folder, name):
+    """TRL sorts the pairs of one micro-batch; packs that a token budget cuts it into change nothing."""
+    options = {"loss_type": [name], "max_steps": 5, "gradient_accumulation_steps": 2, "beta": 1.0}
+    reference = str(folder / "reference")
+    theirs = run(trl.DPOTrainer, trl.DPOConfig, folder, "theirs", False, **options)
+    for budget in (None, 45):
+        mine = run(
+            DPOTrainer, DPOConfig, folder, "ours", False,
+            couple="micro_batch", max_tokens_per_micro_batch=budget, reference_cache_dir=reference, **options,
+        )  # fmt: skip
+        assert_same_log(mine, theirs, SHARED_METRICS)
 
 
 @pytest.mark.parametrize("name", BRIEF)
