@@ -7,6 +7,9 @@ Rows, order, seed, precision, optimizer and batch are the same; reference log-pr
 on both sides; nobody recomputes activations. The losses of all steps are compared before any time is reported. The
 first step of each side warms up and does not count.
 
+With --group_size K the rows are prompts with K ranked completions and no tie. A step is --batch_size such groups for
+us, and for the other side the K·(K−1)/2 pairs of each of them, in one micro-batch.
+
 The last line printed is one JSON object; the same is written to benchmarks/results/ unless --no_result.
 """
 
@@ -33,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="name or path; the demo's model when left out")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=4, help="pairs a step, in one micro-batch")
+    parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt; --batch_size counts groups")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
     parser.add_argument("--precision", choices=sorted(LOSS_TOLERANCE), default="fp32")
     parser.add_argument("--against", choices=["trl"], default="trl")
@@ -61,6 +65,7 @@ def main() -> None:
     _print_table(result)
     if not options.no_result:
         what = f"{'lora' if options.lora else 'full'}-{options.precision}-len{options.max_length}-b{options.batch_size}"
+        what += f"-k{options.group_size}" if options.group_size > 2 else ""
         print("written to", write_result(f"train-{what}-vs-{options.against}", result))
     rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
     print(json.dumps({"speedup": result["speedup"], "pairs_per_second": rates, "settings": result["settings"]}))
@@ -146,6 +151,10 @@ def _work(name: str, options: argparse.Namespace, folder: str, pipe) -> None:
     )
 
 
+def _pairs_a_group(options: argparse.Namespace) -> int:
+    return options.group_size * (options.group_size - 1) // 2
+
+
 def _arguments(options: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     import torch
 
@@ -153,7 +162,8 @@ def _arguments(options: argparse.Namespace, folder: str, name: str) -> dict[str,
         "output_dir": str(Path(folder, name)),
         "max_length": options.max_length,
         "max_steps": options.steps + 1,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": options.batch_size * (1 if name == "dpo_fast" else _pairs_a_group(options)),
+        **({"train_sampling_strategy": "sequential"} if options.group_size > 2 else {}),
         "learning_rate": 1e-6,
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": False,
@@ -184,6 +194,10 @@ def _rows(options: argparse.Namespace):
     rows = []
     for row in dataset:
         example = read(row)
+        if options.group_size > 2 and (
+            len(example.completions) != options.group_size or len(example.comparisons) != _pairs_a_group(options)
+        ):
+            continue
         for winner, loser in example.comparisons:
             rows.append(
                 {
@@ -193,7 +207,7 @@ def _rows(options: argparse.Namespace):
                 }
             )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    needed = (options.steps + 1) * options.batch_size
+    needed = (options.steps + 1) * options.batch_size * _pairs_a_group(options)
     usable = needed
     while True:  # rows whose prompt fills max_length are dropped by both sides
         chosen = Dataset.from_list(rows[:usable])
@@ -228,7 +242,11 @@ def _dpo_fast(options: argparse.Namespace, folder: str, tokens: list[int]):
 
     trainer = DPOTrainer(
         options.model,
-        args=DPOConfig(**_arguments(options, folder, "dpo_fast"), reference_cache_dir=str(Path(folder, "reference"))),
+        args=DPOConfig(
+            **_arguments(options, folder, "dpo_fast"),
+            reference_cache_dir=str(Path(folder, "reference")),
+            group_by_prompt=options.group_size > 2,
+        ),
         train_dataset=_rows(options),
         peft_config=_peft_config(options),
     )
@@ -282,7 +300,7 @@ def _check_losses(reports: dict[str, dict[str, Any]], tolerance: float) -> None:
 
 
 def _summary(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    pairs = options.batch_size
+    pairs = options.batch_size * _pairs_a_group(options)
     sides = {}
     for name, report in reports.items():
         sides[name] = {

@@ -1,12 +1,13 @@
 """Attention over a shared prompt: completions see their prompt and their own past, prompts see their own past.
 
-    out_i = softmax_j(softcap(scale · q_i·k_j)) v_j,   j over the visible keys of query i
+    out_i = softmax_j(softcap(scale · q_i·k_j)) v_j,   j over the visible keys of query i (see `layout`)
 
-One variable-length call computes it exactly (see `layout`): queries `[x y1 | y2 | … | yK]` against keys gathered to
-`[x y1 | x y2 | … | x yK]`, causal, with the mask aligned bottom-right. Backends, in the order of preference:
+One op with a backend for every machine. For the backward it keeps q, k, v, out and the log-sum-exps, never copies of
+keys. In the order of preference:
 
-    flash-attn   the package, when it is installed: windows and softcap
-    varlen       torch.nn.attention.varlen, built into PyTorch for CUDA: windows, no softcap
+    flash-attn   the package, when it is installed, on gathered keys: windows and softcap
+    varlen       PyTorch's FlashAttention-2 for CUDA, on gathered keys: windows, no softcap
+    triton       kernels of our own that read a prompt's keys where they lie: windows, softcap, fp32 too
     flash-cpu    PyTorch's flash kernel on slices of the row: CPU, no window, no softcap
     sdpa         one scaled_dot_product_attention a segment: every device and dtype, windows and softcap
 
@@ -16,19 +17,72 @@ FLOP, forward: 4·D·Hq · Σ_k (visible keys of segment k); the prompt's own qu
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
+import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast_kernels.gather_rows import gather_rows
+from dpo_fast_kernels import prefix_attention_cpu, prefix_attention_sdpa, prefix_attention_varlen
+from dpo_fast_kernels.gather_rows import GatherPlan
 from dpo_fast_kernels.layout import PrefixLayout
-from dpo_fast_kernels.prefix_attention_cpu import flash_cpu
 
-BACKENDS = ("flash-attn", "varlen", "flash-cpu", "sdpa")
-_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+BACKENDS = ("flash-attn", "varlen", "triton", "flash-cpu", "sdpa")
+_REASONS = {
+    "flash-attn": "flash-attn is installed",
+    "varlen": "built into PyTorch",
+    "flash-cpu": "PyTorch's flash kernel, on slices of the packed row",
+}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _import_error(module: str) -> str | None:
+    """Why a module cannot be imported; None when it can."""
+    try:
+        __import__(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _obstacle(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float | None,
+    window: int | None,
+) -> str | None:
+    """Why `backend` cannot compute this; None when it can."""
+    if backend == "sdpa":
+        return None
+    if head_dim != value_dim:
+        return f"fused kernels need keys and values of one head size, these have {head_dim} and {value_dim}"
+    if backend == "flash-cpu":
+        if device.type != "cpu":
+            return f"PyTorch's CPU flash kernel does not run on {device.type}"
+        return "PyTorch's CPU flash kernel has no window and no softcap" if window or softcap else None
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"its kernel needs CUDA, these tensors are on {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernel needs a GPU of compute capability 8.0 or more"
+    if backend == "triton":
+        if head_dim > 256:
+            return f"its kernels stop at head size 256, this is {head_dim}"
+        if dtype not in (*_HALF, torch.float32):
+            return f"its kernels take bf16, fp16 and fp32, not {dtype}"
+        missing = _import_error("triton")
+        return f"triton cannot be imported ({missing})" if missing else None
+    if dtype not in _HALF:
+        return f"variable-length kernels compute in bf16 and fp16, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"variable-length kernels take head sizes up to 256 in steps of 8, this is {head_dim}"
+    if backend == "flash-attn":
+        missing = _import_error("flash_attn.flash_attn_interface")
+        return f"flash-attn cannot be imported ({missing})" if missing else None
+    return "PyTorch's variable-length attention has no softcap; install flash-attn for it" if softcap else None
 
 
 def attention_backend(
@@ -37,22 +91,124 @@ def attention_backend(
     head_dim: int = 64,
     softcap: float | None = None,
     window: int | None = None,
+    value_dim: int | None = None,
 ) -> tuple[str, str]:
     """Names the backend that `auto` takes for such inputs, and why; `window` only where sequences outgrow it."""
-    if device.type == "cpu" and not softcap and not window:
-        return "flash-cpu", "PyTorch's flash kernel, on slices of the packed row"
-    if device.type != "cuda":
-        limit = " with a window or a softcap" if device.type == "cpu" else ""
-        return "sdpa", f"{device.type} has no flash kernel{limit}"
-    if dtype not in _FLASH_DTYPES:
-        return "sdpa", f"variable-length kernels compute in bf16 and fp16, not {dtype}"
-    if head_dim > 256:
-        return "sdpa", f"variable-length kernels stop at head size 256, this is {head_dim}"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash-attn", "flash-attn is installed"
-    if softcap:
-        return "sdpa", "PyTorch's variable-length attention has no softcap; install flash-attn for it"
-    return "varlen", "built into PyTorch"
+    if device.type not in ("cuda", "cpu"):
+        return "sdpa", f"{device.type} has no flash kernel"
+    # "triton" goes before "varlen", perhaps for some head sizes only, when a measurement says that it is faster.
+    for backend in ("flash-attn", "varlen") if device.type == "cuda" else ("flash-cpu",):
+        obstacle = _obstacle(backend, device, dtype, head_dim, value_dim or head_dim, softcap, window)
+        if obstacle is None:
+            return backend, _REASONS[backend]
+    return "sdpa", obstacle
+
+
+def _resolve(
+    q: Tensor, v: Tensor, layout: PrefixLayout, window: int | None, softcap: float | None, backend: str
+) -> tuple[str, int | None]:
+    """The backend that will run, and the window if there is a sequence that outgrows it. Forward and backward agree."""
+    if window is not None and window >= int((layout.segments[:, 1] + layout.segments[:, 3]).max()):
+        window = None
+    if backend == "auto":
+        return attention_backend(q.device, q.dtype, q.shape[2], softcap, window, v.shape[2])[0], window
+    obstacle = _obstacle(backend, q.device, q.dtype, q.shape[2], v.shape[2], softcap, window)
+    if obstacle is not None:
+        raise ValueError(f"backend={backend!r} cannot run: {obstacle}; use backend='auto'")
+    return backend, window
+
+
+@torch.library.custom_op("dpo_fast::prefix_attention", mutates_args=())
+def _prefix_attention(
+    q: Tensor,  # [T, Hq, D]
+    k: Tensor,  # [T, Hkv, D]
+    v: Tensor,  # [T, Hkv, Dv]
+    segments: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spans: Tensor,
+    key_index: Tensor,
+    key_uses: Tensor,
+    key_use_offsets: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [T, Hq, Dv], log-sum-exps [Hq, T], which sdpa leaves at 0
+    keys = GatherPlan(key_index, key_uses, key_use_offsets)
+    layout = PrefixLayout(segments, cu_seqlens_q, cu_seqlens_k, spans, keys)
+    backend, window = _resolve(q, v, layout, window, softcap, backend)
+    if backend == "sdpa":
+        out = prefix_attention_sdpa.forward(q, k, v, layout, scale, window, softcap)
+        return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    if backend == "flash-cpu":
+        return prefix_attention_cpu.forward(q, k, v, layout, scale)
+    if backend == "triton":
+        from dpo_fast_kernels.prefix_attention_triton import prefix_attention_fwd
+
+        return prefix_attention_fwd(q, k, v, spans, scale=scale, window=window, softcap=softcap)
+    return prefix_attention_varlen.forward(backend, q, k, v, layout, scale, window, softcap)
+
+
+@_prefix_attention.register_fake
+def _(q, k, v, segments, cu_q, cu_k, spans, index, uses, use_offsets, scale, window, softcap, backend):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((*q.shape[:2], v.shape[2])), lse
+
+
+@torch.library.custom_op("dpo_fast::prefix_attention_bwd", mutates_args=())
+def _prefix_attention_bwd(
+    dout: Tensor,  # [T, Hq, Dv]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [Hq, T]
+    segments: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spans: Tensor,
+    key_index: Tensor,
+    key_uses: Tensor,
+    key_use_offsets: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = GatherPlan(key_index, key_uses, key_use_offsets)
+    layout = PrefixLayout(segments, cu_seqlens_q, cu_seqlens_k, spans, keys)
+    backend, window = _resolve(q, v, layout, window, softcap, backend)
+    if backend == "sdpa":
+        return prefix_attention_sdpa.backward(dout, q, k, v, layout, scale, window, softcap)
+    if backend == "flash-cpu":
+        return prefix_attention_cpu.backward(dout, q, k, v, out, lse, layout, scale)
+    if backend == "triton":
+        from dpo_fast_kernels.prefix_attention_triton_bwd import prefix_attention_bwd
+
+        return prefix_attention_bwd(dout, q, k, v, out, lse, spans, scale=scale, window=window, softcap=softcap)
+    return prefix_attention_varlen.backward(backend, dout, q, k, v, out, lse, layout, scale, window, softcap)
+
+
+@_prefix_attention_bwd.register_fake
+def _(dout, q, k, v, *args):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, window, softcap, backend = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.options = scale, window, softcap, backend
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor, dlse: None):
+    gradients = _prefix_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *(None for _ in range(11))  # seven tensors of the layout, four options
+
+
+_prefix_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prefix_attention(
@@ -65,11 +221,11 @@ def prefix_attention(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [T, Hq, Dv]
-    """Shared-prefix attention over a packed row of T tokens; differentiable, deterministic.
+    """Shared-prefix attention over a packed row of T tokens; differentiable once, deterministic.
 
     Args:
         q, k, v: one dtype on one device (autocast's under autocast); Hq a multiple of Hkv (grouped heads). The CPU's
-            backends and sdpa take fp32, bf16, fp16 and fp64, the others bf16 and fp16.
+            backends and sdpa take fp32, bf16, fp16 and fp64, triton the first three, the others bf16 and fp16.
         layout: where prompts and completions lie; its tensors on the device of q.
         scale: of the scores; None is 1/√D.
         window: a query sees at most this many keys, itself included; None is all.
@@ -77,127 +233,66 @@ def prefix_attention(
         backend: `auto` or one of `BACKENDS`; a named backend never falls back.
 
     Raises:
-        ValueError: unknown backend, or shapes that do not fit.
+        ValueError: a backend that is unknown or cannot compute this, or inputs that do not fit together.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if window is not None and window >= layout.max_seqlen_k:
-        window = None
-    if backend == "auto":
-        backend, _ = attention_backend(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), softcap, window)
-        if backend == "flash-cpu" and q.shape[-1] != v.shape[-1]:
-            backend = "sdpa"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's")
-    tokens = sum(map(sum, layout.groups))
-    if not q.shape[0] == k.shape[0] == v.shape[0] == tokens:
-        raise ValueError(f"q, k, v have {q.shape[0]}, {k.shape[0]}, {v.shape[0]} rows; layout has {tokens} tokens")
+    _check(q, k, v, layout, scale, window, softcap, backend)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    attend = {"flash-attn": _flash_attn, "varlen": _varlen, "flash-cpu": _flash_cpu, "sdpa": _sdpa}[backend]
-    return attend(q, k, v, layout, scale, window, softcap)
-
-
-def _flash_attn(q, k, v, layout, scale, window, softcap):
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
+    out, _ = _prefix_attention(
         q,
-        gather_rows(k, layout.keys),
-        gather_rows(v, layout.keys),
+        k,
+        v,
+        layout.segments,
         layout.cu_seqlens_q,
         layout.cu_seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(window - 1 if window else -1, 0 if window else -1),
-        softcap=softcap or 0.0,
-        deterministic=True,
+        layout.spans,
+        layout.keys.index,
+        layout.keys.uses,
+        layout.keys.use_offsets,
+        scale,
+        window or None,
+        softcap or None,
+        backend,
     )
+    return out
 
 
-def _varlen(q, k, v, layout, scale, window, softcap):
-    if softcap:
-        raise ValueError("softcap: the varlen backend has none; use backend='flash-attn' or 'sdpa'")
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = _varlen_parameters()
-    if "window_size" in known:
-        options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
-    else:
-        if window:
-            raise ValueError("window: this PyTorch's varlen attention has none; use backend='sdpa' or PyTorch 2.11")
-        options = {"is_causal": True}
-        q = q * (scale * q.shape[-1] ** 0.5)
-    if "enable_gqa" in known:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    return varlen_attn(
-        q,
-        gather_rows(k, layout.keys),
-        gather_rows(v, layout.keys),
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        **options,
-    )
-
-
-@functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _flash_cpu(q, k, v, layout, scale, window, softcap):
-    if softcap or window or q.device.type != "cpu":
-        raise ValueError("backend='flash-cpu' has no window and no softcap and runs on the CPU; use backend='sdpa'")
-    return flash_cpu(q, k, v, layout, scale)
-
-
-def _sdpa(q, k, v, layout, scale, window, softcap):
-    repeats = q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    # A prompt and its first completion are neighbours: `[x y1]` is one piece of queries and of keys alike.
-    pieces = [piece for prompt, first, *rest in layout.groups for piece in (prompt + first, *rest)]
-    q_pieces, k_pieces, v_pieces = (iter(x.split(pieces, dim=2)) for x in (q, k, v))
-    masks: dict[tuple[int, int], Tensor] = layout.masks(q.dtype, q.device, window)
-    out = []
-    for prompt, *completions in layout.groups:
-        for index in range(len(completions)):
-            q_piece, k_piece, v_piece = next(q_pieces), next(k_pieces), next(v_pieces)
-            if index == 0:
-                k_prompt, v_prompt = k_piece[:, :, :prompt], v_piece[:, :, :prompt]
-            elif prompt:
-                k_piece, v_piece = torch.cat([k_prompt, k_piece], dim=2), torch.cat([v_prompt, v_piece], dim=2)
-            out.append(_attend(q_piece, k_piece, v_piece, masks, scale, window, softcap))
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
-
-
-def _attend(q, k, v, masks, scale, window, softcap):
-    shape = (q.shape[2], k.shape[2])
-    plain = shape[0] == shape[1] and (window is None or window >= shape[1])
-    if plain and not softcap:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if shape not in masks:
-        masks[shape] = _bottom_right_mask(*shape, window, q.dtype, q.device)
-    if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[shape], scale=scale)
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) + masks[shape]
-    return scores.softmax(dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(v.dtype) @ v
-
-
-def _bottom_right_mask(queries, keys, window, dtype, device) -> Tensor:
-    """Additive mask [queries, keys], the last query sees the last key; as fast as `is_causal`, unlike a bool mask."""
-    position = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)
-    visible = key <= position
-    if window is not None:
-        visible &= key > position - window
-    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 3:
+            raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} must be {q.dtype} on {q.device} as q is, got {tensor.dtype} on {tensor.device}; convert it"
+            )
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q, k, v have {q.shape[1]}, {k.shape[1]}, {v.shape[1]} heads: "
+            "k and v must have equally many, and q a multiple of it"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q has head size {q.shape[2]} and k {k.shape[2]}: they must be equal")
+    tokens = layout.spans.shape[1]
+    if q.shape[0] != tokens or k.shape[0] != tokens or v.shape[0] != tokens:
+        raise ValueError(f"q, k, v have {q.shape[0]}, {k.shape[0]}, {v.shape[0]} rows; layout has {tokens} tokens")
+    if layout.spans.device != q.device:
+        raise ValueError(f"layout is on {layout.spans.device} and q on {q.device}: move it with layout.to(q.device)")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive, or None for 1/√(head size)")
+    if window is not None and window < 0:
+        raise ValueError(f"window is {window}; it must be the number of keys a query sees, or None for all")
+    if softcap is not None and softcap < 0:
+        raise ValueError(f"softcap is {softcap}; it must be a positive bound of the scores, or None for none")

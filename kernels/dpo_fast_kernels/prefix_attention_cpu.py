@@ -16,9 +16,10 @@ FLOP, forward: 4·D·Hq · Σ over groups (p + n1)²/2 + p·(n2 + … + nK) + Σ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpo_fast_kernels.layout import PrefixLayout
 
@@ -31,83 +32,84 @@ def _by_head(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _calls(layout: PrefixLayout):
-    """Yields (queries, keys, causal) of every call on the packed row, as slices.
+def _calls(layout: PrefixLayout) -> Iterator[tuple[slice, slice, bool]]:
+    """Yields (queries, keys, causal) of every call on the packed row.
 
     The causal calls cover every token exactly once; the call on a group's prompt comes after them and adds to it.
     """
-    start = 0
-    for prompt, first, *rest in layout.groups:
-        end = start + prompt + first
-        yield slice(start, end), slice(start, end), True
-        shared = end
-        for length in rest:
-            yield slice(end, end + length), slice(end, end + length), True
-            end += length
-        if rest and prompt:
-            yield slice(shared, end), slice(start, start + prompt), False
-        start = end
+    prompt, late = None, None  # of the group at hand: its prompt, and its completions after the first
+    for start, length, prefix, shared in layout.segments.tolist():
+        rows = slice(start, start + length)
+        if late is not None and (not shared or prefix != prompt.start):
+            yield late, prompt, False
+            late = None
+        if length:
+            yield rows, rows, True
+        if length and shared:
+            prompt, late = slice(prefix, prefix + shared), slice(late.start if late else start, rows.stop)
+    if late is not None:
+        yield late, prompt, False
 
 
-class _FlashCPU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float):
-        kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        queries, keys, values, outs = (_by_head(x, kv_heads) for x in (q, k, v, out))
-        keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
-        lse = q.new_empty((*outs.shape[:2], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
-        for rows, columns, causal in _calls(layout):
-            part, part_lse = _flash(
-                queries[:, :, rows], keys[:, :, columns], values[:, :, columns], is_causal=causal, scale=scale
-            )
-            if not causal:
-                share = torch.sigmoid(part_lse - lse[:, :, rows])[..., None]
-                part = torch.lerp(outs[:, :, rows].to(share.dtype), part.to(share.dtype), share)
-                part_lse = torch.logaddexp(part_lse, lse[:, :, rows])
-            outs[:, :, rows] = part
-            lse[:, :, rows] = part_lse
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
-        kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
-        douts, queries, keys, values, outs = (_by_head(x, kv_heads) for x in (dout, q, k, v, out))
-        keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        sums = [_by_head(x, kv_heads) for x in gradients]
-        for rows, columns, causal in _calls(ctx.layout):
-            dq, dk, dv = _flash_backward(
-                douts[:, :, rows],
-                queries[:, :, rows],
-                keys[:, :, columns],
-                values[:, :, columns],
-                outs[:, :, rows],
-                lse[:, :, rows],
-                0.0,
-                causal,
-                scale=ctx.scale,
-            )
-            if repeats > 1:
-                dk, dv = dk.sum(dim=1, keepdim=True), dv.sum(dim=1, keepdim=True)
-            for total, places, part in zip(sums, (rows, columns, columns), (dq, dk, dv), strict=True):
-                if causal:
-                    total[:, :, places] = part
-                else:
-                    total[:, :, places] += part
-        return *gradients, None, None
-
-
-def flash_cpu(
+def forward(
     q: Tensor,  # [T, Hq, D]
     k: Tensor,  # [T, Hkv, D]
     v: Tensor,  # [T, Hkv, D]
     layout: PrefixLayout,
     scale: float,
-) -> Tensor:  # [T, Hq, D]
-    """Shared-prefix attention over a packed row on the CPU; differentiable once, deterministic."""
-    return _FlashCPU.apply(q, k, v, layout, scale)
+) -> tuple[Tensor, Tensor]:  # [T, Hq, D], log-sum-exp [Hq, T]
+    kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    queries, keys, values, outs = (_by_head(x, kv_heads) for x in (q, k, v, out))
+    keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
+    lses = lse.unflatten(0, (kv_heads, -1))
+    for rows, columns, causal in _calls(layout):
+        part, part_lse = _flash(
+            queries[:, :, rows], keys[:, :, columns], values[:, :, columns], is_causal=causal, scale=scale
+        )
+        if not causal:
+            share = torch.sigmoid(part_lse - lses[:, :, rows])[..., None]
+            part = torch.lerp(outs[:, :, rows].to(share.dtype), part.to(share.dtype), share)
+            part_lse = torch.logaddexp(part_lse, lses[:, :, rows])
+        outs[:, :, rows] = part
+        lses[:, :, rows] = part_lse
+    return out, lse
+
+
+def backward(
+    dout: Tensor,  # [T, Hq, D]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [Hq, T]
+    layout: PrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    douts, queries, keys, values, outs = (_by_head(x, kv_heads) for x in (dout, q, k, v, out))
+    keys, values = (x.expand(-1, repeats, -1, -1) for x in (keys, values))
+    lses = lse.unflatten(0, (kv_heads, -1))
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    sums = [_by_head(x, kv_heads) for x in gradients]
+    for rows, columns, causal in _calls(layout):
+        dq, dk, dv = _flash_backward(
+            douts[:, :, rows],
+            queries[:, :, rows],
+            keys[:, :, columns],
+            values[:, :, columns],
+            outs[:, :, rows],
+            lses[:, :, rows],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        if repeats > 1:
+            dk, dv = dk.sum(dim=1, keepdim=True), dv.sum(dim=1, keepdim=True)
+        for total, places, part in zip(sums, (rows, columns, columns), (dq, dk, dv), strict=True):
+            if causal:
+                total[:, :, places] = part
+            else:
+                total[:, :, places] += part
+    return gradients

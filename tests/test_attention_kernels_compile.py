@@ -1,0 +1,83 @@
+"""Every kernel of shared-prefix attention compiles for sm_80, sm_90 and sm_100 in every configuration of its tables:
+nothing spills, shared memory fits the chip, and 16-bit products run on tensor cores.
+
+By default the configurations of the commonest models; `-m slow` compiles all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled by Triton, which this platform lacks")
+
+from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
+from dpo_fast_kernels import prefix_attention_configs as configs
+
+MODULE = "dpo_fast_kernels.prefix_attention_triton"
+# Kernel → module, tables without and with a softcap, what has the inputs' dtype, and whose strides it takes.
+KERNELS = {
+    "fwd": (MODULE, (configs.FWD, configs.FWD), "q k v out", "qkvo"),
+    "dq": (f"{MODULE}_dq", (configs.DQ, configs.DQ), "q k v out dout dq", "qkvod"),
+    "dkv": (f"{MODULE}_bwd", (configs.DKV, configs.DKV_SOFTCAP), "q k v dout dk dv", "qkvd"),
+}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+HEAD_DIMS = (64, 128, 256)
+FLAGS = list(itertools.product((False, True), repeat=2))
+SMALL_CHIP = 101376  # bytes of shared memory a program has on sm_86, sm_89 and sm_120, which take the row of sm_80
+
+
+def case(kernel: str, dtype: str, head_dim: int, window: bool, softcap: bool, capability: int) -> Case:
+    """One configuration; with both options the head does not fill its block."""
+    module, tables, names, strides = KERNELS[kernel]
+    config = dict(tables[softcap][head_dim, ITEMSIZE[dtype]][capability // 10])
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    types = {f"{name}_ptr": f"*{dtype}" for name in names.split()}
+    types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "spans_ptr": "*i32", "T": "i32", "window": "i32"}
+    types |= dict.fromkeys(("scale", "inner", "outer"), "fp32")
+    types |= {f"stride_{x}{axis}": "i32" for x in strides for axis in "th"}
+    constants = {
+        "GROUP": 4,
+        "HAS_WINDOW": window,
+        "HAS_SOFTCAP": softcap,
+        "D": head_dim - 16 if window and softcap else head_dim,
+        "BLOCK_D": head_dim,
+        **config,
+    }
+    return Case(module, f"_prefix_attention_{kernel}_kernel", types, constants, options)
+
+
+def assert_all(cases: list[Case], capability: int, tensor_cores: bool) -> None:
+    for case, resources in zip(cases, compile_all(cases, capability), strict=True):
+        assert_within_limits(case, resources, capability)
+        assert resources.registers > 16, f"{case.kernel} was compiled to nothing: {dict(case.constants)}"
+        assert resources.tensor_cores == tensor_cores, f"{case.kernel}: tensor cores are {resources.tensor_cores}"
+        if capability == 80:
+            assert resources.shared <= SMALL_CHIP, f"{case.kernel} takes {resources.shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize(("capability", "head_dims"), [(80, (128,)), (90, (64, 128)), (100, (128,))])
+def test_common_configurations_compile_within_limits(capability, head_dims):
+    assert_all(
+        [case(kernel, "bf16", head_dim, False, False, capability) for kernel in KERNELS for head_dim in head_dims],
+        capability,
+        tensor_cores=True,
+    )
+
+
+def test_every_row_of_a_table_is_compiled():
+    for _, tables, *_ in KERNELS.values():
+        for table in tables:
+            assert set(table) == set(itertools.product(HEAD_DIMS, set(ITEMSIZE.values())))
+            for rows in table.values():
+                assert set(rows) == {*(capability // 10 for capability in CAPABILITIES), 12} and rows[12] == rows[8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_configuration_compiles_within_limits(kernel, capability, dtype):
+    cases = [case(kernel, dtype, head_dim, *flags, capability) for head_dim in HEAD_DIMS for flags in FLAGS]
+    assert_all(cases, capability, tensor_cores=ITEMSIZE[dtype] == 2)
