@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
     from dpo_fast.data import load_preference_dataset, prepare_dataset
     from dpo_fast.forward import PackedOutput, add_dpo_forward
+    from dpo_fast.fused_linear import FusedLinearDPOLoss
     from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, preference_loss
     from dpo_fast.trainer import DPOTrainer
@@ -24,6 +25,7 @@ _MODULES = {
     "config": ("DPOConfig",),
     "data": ("load_preference_dataset", "prepare_dataset"),
     "forward": ("PackedOutput", "add_dpo_forward"),
+    "fused_linear": ("FusedLinearDPOLoss",),
     "groups": ("PackedBatch", "PreferenceGroup", "pack"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "trainer": ("DPOTrainer",),
@@ -36,6 +38,7 @@ __all__ = [
     "DPOCollator",
     "DPOConfig",
     "DPOTrainer",
+    "FusedLinearDPOLoss",
     "LossParameters",
     "PackedBatch",
     "PackedOutput",

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
+from dpo_fast.groups import ComparisonChoice
 from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]
@@ -98,6 +99,14 @@ class DPOConfig(TrainingArguments):
     truncation_mode: TruncationMode = field(
         default="keep_start",
         metadata={"help": "Which end survives when prompt and completion exceed max_length."},
+    )
+    comparisons: ComparisonChoice = field(
+        default="all_pairs",
+        metadata={
+            "help": "Which comparisons a row of K completions with scores or ranks yields: 'all_pairs' of different "
+            "scores, 'best_vs_rest' the best against each other one, 'best_vs_worst' those two alone. Pairs and "
+            "comparisons that the data list stay as given."
+        },
     )
     group_by_prompt: bool = field(
         default=False,
@@ -250,6 +259,7 @@ class DPOConfig(TrainingArguments):
     def _check_choices(self) -> None:
         choices = {
             "truncation_mode": TruncationMode,
+            "comparisons": ComparisonChoice,
             "layout": LayoutChoice,
             "f_divergence_type": FDivergence,
             "couple": CoupleChoice,

@@ -40,6 +40,12 @@ def surrogate(
     return share + product - product.detach()
 
 
+def comparison_offsets(packed: PackedBatch) -> Tensor:
+    """The margins that comparisons should have, fp32 [C]: 0 where the data have none."""
+    offsets = packed.comparison_offsets
+    return torch.zeros_like(packed.comparison_weights) if offsets is None else offsets
+
+
 def step_loss(
     packs: Sequence[PackedBatch],
     logps: Sequence[Tensor],  # ℓ of each pack, fp32 [S]
@@ -56,19 +62,21 @@ def step_loss(
     completions = [torch.cat(list(logps)), torch.cat(list(ref_logps)), torch.cat([p.completion_lengths for p in packs])]
     comparisons = torch.cat([p.comparisons + start for p, start in zip(packs, counts, strict=False)])
     weights = torch.cat([p.comparison_weights for p in packs])
+    offsets = torch.cat([comparison_offsets(p) for p in packs])
     if accelerator is not None and accelerator.num_processes > 1:
         mine = accelerator.process_index
         # float64 holds every index and count exactly.
         rows = _of_all_ranks(torch.stack([x.detach().double() for x in completions], dim=1), accelerator)
-        pairs = _of_all_ranks(torch.cat([comparisons.double(), weights[:, None].double()], dim=1), accelerator)
+        columns = (*comparisons.unbind(1), weights, offsets)
+        pairs = _of_all_ranks(torch.stack([x.double() for x in columns], dim=1), accelerator)
         starts = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
         completions = [
             torch.cat([own if rank == mine else part[:, column].to(own.dtype) for rank, part in enumerate(rows)])
             for column, own in enumerate(completions)
         ]
         comparisons = torch.cat([part[:, :2].long() + start for part, start in zip(pairs, starts, strict=False)])
-        weights = torch.cat([part[:, 2] for part in pairs]).float()
-    return loss(*completions, comparisons, weights, totals)
+        weights, offsets = (torch.cat([part[:, column] for part in pairs]).float() for column in (2, 3))
+    return loss(*completions, comparisons, weights, offsets, totals)
 
 
 def step_coefficients(

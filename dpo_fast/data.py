@@ -5,8 +5,11 @@
     merge      with group_by_prompt: groups with the same prompt become one, equal completions become one
     truncate   `truncation`: → groups that fit max_length, without what carries no signal
 
+Which comparisons of ranked completions are made is decided row by row, after tokenization: scores of different rows
+need not be on one scale, so rows of one prompt are merged with the comparisons that each of them has by itself.
+
 Every step is a cached `datasets` map, so a second run with the same tokenizer reads the tokens from disk, whatever its
-max_length.
+max_length and comparisons.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import hashlib
 import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,9 +27,19 @@ from datasets import Dataset, Features, IterableDataset, IterableDatasetDict, Li
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.formats import PREPARED, Format, detect_format
+from dpo_fast.groups import ComparisonChoice
 from dpo_fast.loading import load_preference_dataset
 from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.truncation import CODE, FIELDS, TRUNCATION_MODES, TruncateRows, group_from_row
+from dpo_fast.truncation import (
+    CODE,
+    COMPARISON_CHOICES,
+    FIELDS,
+    OPTIONAL_FIELDS,
+    TRUNCATION_MODES,
+    TruncateRows,
+    choose_comparisons,
+    group_from_row,
+)
 
 __all__ = ["DataSummary", "load_preference_dataset", "prepare_dataset"]
 
@@ -37,7 +52,11 @@ _COLUMNS = {
     "comparison_weights": List(Value("float64")),
     "context_lengths": List(Value("int32")),
     "ref_logps": List(Value("float64")),
+    "comparison_offsets": List(Value("float64")),
+    "completion_scores": List(Value("float64")),
 }
+# Part of the cache key of merged rows: `datasets` hashes an importable class by its name, not by its code.
+_CODE = hashlib.blake2b(Path(__file__).read_bytes() + CODE.encode()).hexdigest()
 _ACCOUNT = {"truncated": Value("int32"), "lost_eos": Value("int32"), "reasons": List(Value("string"))}
 
 
@@ -77,6 +96,7 @@ def prepare_dataset(
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
+    comparisons: ComparisonChoice = "all_pairs",
     group_by_prompt: bool = False,
     vocab_size: int | None = None,
     num_proc: int | None = None,
@@ -91,28 +111,35 @@ def prepare_dataset(
         tokenizer: the model's. Plain text needs its `eos_token`, conversations its `chat_template`.
         max_length: most tokens of prompt+completion, at least 2. None keeps everything.
         truncation_mode: `keep_start` or `keep_end` of prompt+completion.
-        group_by_prompt: merge rows whose prompts have the same tokens. A comparison that occurs twice weighs twice.
+        comparisons: which ones a row of scores or ranks yields: `all_pairs` of different scores, `best_vs_rest` or
+            `best_vs_worst`; of completions that share the highest or the lowest score, each. Pairs, comparisons that
+            the rows list and prepared groups stay as given.
+        group_by_prompt: merge rows whose prompts have the same tokens. A comparison that occurs twice weighs twice, a
+            completion that is scored twice has the mean score.
         vocab_size: of the model; a token id beyond it is an error.
         num_proc: processes to work in.
         name: of the dataset, for progress bars and messages.
 
     Returns:
         The groups, and what became of the rows. `ref_logps` are there when the rows supplied `ref_chosen_logps` and
-        `ref_rejected_logps`, unless a row was cut or merged.
+        `ref_rejected_logps`, unless a row was cut or merged; `comparison_offsets` when they supplied `offset`;
+        `completion_scores` when they supplied `scores`, or `ranks`, which turn into their negatives.
 
     Raises:
         ValueError: an argument, a column, or a row is not as described, or no row is usable.
     """
-    _check_arguments(dataset, max_length, truncation_mode, name)
+    _check_arguments(dataset, max_length, truncation_mode, comparisons, name)
     source = detect_format(dataset.column_names)
     rows = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in source.columns])
     if source is not PREPARED:
         rows = _tokenize(rows, tokenizer, source, num_proc, name)
+    choice = "all_pairs" if source is PREPARED else comparisons
     if group_by_prompt:
-        rows = _merge_by_prompt(rows, num_proc, name)
+        rows, choice = _merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
     step = TruncateRows(
         max_length=max_length,
         truncation_mode=truncation_mode,
+        comparisons=choice,
         vocab_size=vocab_size,
         eos_token_id=tokenizer.eos_token_id,
         name=name,
@@ -131,7 +158,8 @@ def prepare_dataset(
     if not summary.groups:
         raise ValueError(
             f"dataset: none of the {summary.rows} rows of the {name} dataset is usable ({_listed(summary.dropped)}); "
-            f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ"
+            f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ and "
+            "weights above 0"
         )
     if summary.truncated and "ref_logps" in features:
         logger.warning(
@@ -145,7 +173,7 @@ def prepare_dataset(
     return truncated.select_columns(list(features)), summary
 
 
-def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, name: str) -> None:
+def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, comparisons: str, name: str) -> None:
     if isinstance(dataset, IterableDataset | IterableDatasetDict):
         raise ValueError(
             f"dataset: the {name} dataset is a stream ({type(dataset).__name__}), and streaming is not supported yet; "
@@ -158,6 +186,8 @@ def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str,
         raise ValueError(f"dataset: the {name} dataset has no rows; it must have at least one")
     if truncation_mode not in TRUNCATION_MODES:
         raise ValueError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
+    if comparisons not in COMPARISON_CHOICES:
+        raise ValueError(f"comparisons: {comparisons!r} is unknown; use one of {', '.join(COMPARISON_CHOICES)}")
     if max_length is not None and max_length < 2:
         raise ValueError(
             f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
@@ -165,16 +195,20 @@ def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str,
 
 
 def _group_features(rows: Dataset) -> dict[str, Any]:
-    return {field: _COLUMNS[field] for field in FIELDS if field != "ref_logps" or field in rows.column_names}
+    return {field: _COLUMNS[field] for field in FIELDS if field not in OPTIONAL_FIELDS or field in rows.column_names}
 
 
 def _tokenize(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, source: Format, num_proc: int | None, name: str
 ) -> Dataset:
-    features = Features({field: _COLUMNS[field] for field in FIELDS if field != "ref_logps"})
+    supplied = {
+        "ref_logps": {"ref_chosen_logps"},
+        "comparison_offsets": {"offset"},
+        "completion_scores": {"scores", "ranks"},
+    }
+    features = Features({field: _COLUMNS[field] for field in FIELDS if field not in OPTIONAL_FIELDS})
+    features |= {field: _COLUMNS[field] for field, columns in supplied.items() if columns & set(rows.column_names)}
     features["lost_prompt"] = Value("string")
-    if "ref_chosen_logps" in rows.column_names:
-        features["ref_logps"] = _COLUMNS["ref_logps"]
     tokenized = rows.map(
         TokenizeRows(tokenizer, source, name),
         batched=True,
@@ -199,36 +233,48 @@ def _tokenize(
 
 
 class _MergeRows:
-    """The first row of a set of rows → their union: equal completions once, weights of equal comparisons added up."""
+    """The first row of a set of rows → their union: equal completions once, weights of equal comparisons added up.
 
-    def __init__(self, rows: Dataset, members: list[list[int]]):
-        self.rows, self.members, self.code = rows, members, CODE
+    Comparisons that should have different margins are different. A completion's score is the mean of those it has.
+    """
+
+    def __init__(self, rows: Dataset, members: list[list[int]], comparisons: ComparisonChoice, name: str):
+        self.rows, self.members, self.comparisons, self.name, self.code = rows, members, comparisons, name, _CODE
 
     def __call__(self, first: dict[str, Any], index: int) -> dict[str, Any]:
         completions: dict[tuple[int, ...], int] = {}
         references: list[float] = []
-        weights: dict[tuple[int, int], float] = defaultdict(float)
+        scores: dict[int, list[float]] = defaultdict(list)
+        weights: dict[tuple[int, int, float], float] = defaultdict(float)
         for member in self.members[index]:
-            group = group_from_row(self.rows[member])
+            group = group_from_row(self.rows[member], f"{self.name} dataset, row {member}")
+            group = choose_comparisons(group, self.comparisons)
             place = []
             for k, (context, ids) in enumerate(zip(group.contexts, group.completion_ids, strict=True)):
                 key = (context, *ids)
                 if key not in completions and group.ref_logps is not None:
                     references.append(group.ref_logps[k])
                 place.append(completions.setdefault(key, len(completions)))
-            for (winner, loser), weight in zip(group.comparisons, group.comparison_weights, strict=True):
-                weights[place[winner], place[loser]] += weight
+                if group.completion_scores is not None:
+                    scores[place[k]].append(group.completion_scores[k])
+            offsets = group.comparison_offsets or [0.0] * len(group.comparisons)
+            known = zip(group.comparisons, group.comparison_weights, offsets, strict=True)
+            for (winner, loser), weight, offset in known:
+                weights[place[winner], place[loser], offset] += weight
         merged = {
             "prompt_ids": first["prompt_ids"],
             "completion_ids": [ids for _, *ids in completions],
-            "comparisons": list(weights),
+            "comparisons": [(winner, loser) for winner, loser, _ in weights],
             "comparison_weights": list(weights.values()),
             "context_lengths": [context for context, *_ in completions],
+            "ref_logps": references,
+            "comparison_offsets": [offset for *_, offset in weights],
+            "completion_scores": [fmean(scores[k]) for k in sorted(scores)],
         }
-        return merged | ({"ref_logps": references} if "ref_logps" in first else {})
+        return {column: values for column, values in merged.items() if column not in OPTIONAL_FIELDS or column in first}
 
 
-def _merge_by_prompt(rows: Dataset, num_proc: int | None, name: str) -> Dataset:
+def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int | None, name: str) -> Dataset:
     """Groups with the same prompt as one, in the order of their first appearance.
 
     Rows without comparisons stay apart, to be counted as dropped; rows without a shared prompt have nothing to share.
@@ -243,7 +289,7 @@ def _merge_by_prompt(rows: Dataset, num_proc: int | None, name: str) -> Dataset:
         logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
         rows = rows.remove_columns("ref_logps")
     return rows.select([group[0] for group in members.values()]).map(
-        _MergeRows(rows, list(members.values())),
+        _MergeRows(rows, list(members.values()), comparisons, name),
         with_indices=True,
         remove_columns=rows.column_names,
         features=Features(_group_features(rows)),

@@ -5,16 +5,19 @@
     implicit prompt  without the prompt column: the prompt is what chosen and rejected begin with
     ShareGPT         conversations: [{"from", "value"}, …], chosen and rejected: a {"from", "value"} message or text
     ranked           prompt, completions: [K answers], and scores (higher is better) or ranks (1 is best)
+    compared         prompt, completions: [K answers], comparisons: [[winner, loser], …] by index
     tokenized        prompt_ids, chosen_ids, rejected_ids
 
 `tools` and `chat_template_kwargs` reach the chat template of every conversational row. The ranked form turns into all
-comparisons between answers of unequal score. Arrow stores a key that a row lacks as None, so None counts as missing.
+comparisons between answers of unequal score. `weight` is a number for all comparisons of a row, `weights` one for each
+of the compared form, and `offset` the margin in reward that the winner of a pair should have. Arrow stores a key that a
+row lacks as None, so None counts as missing.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,6 +25,8 @@ from typing import Any
 
 Message = dict[str, Any]
 Row = dict[str, Any]
+
+_LARGEST = 3.4028234663852886e38  # of fp32
 
 ROLES = {
     "system": "system",
@@ -43,13 +48,16 @@ ROLES = {
 class Example:
     """A prompt and its K completions, all text or all lists of messages, and (winner, loser) pairs of completions.
 
-    `template_arguments` are the keyword arguments of the chat template.
+    `template_arguments` are the keyword arguments of the chat template. `scores` of the completions are there where the
+    comparisons were made from them, `weights` of the comparisons where the row has them.
     """
 
     prompt: str | list[Message]
     completions: list[str] | list[list[Message]]
     comparisons: list[tuple[int, int]]
     template_arguments: dict[str, Any]
+    scores: list[float] | None = None
+    weights: list[float] | None = None
 
     @property
     def conversational(self) -> bool:
@@ -189,20 +197,82 @@ def _read_sharegpt(row: Row) -> Example:
     return Example(prompt, completions, [(0, 1)], _template_arguments(row))
 
 
-def _read_ranked(row: Row) -> Example:
+def _prompt_and_answers(row: Row) -> tuple[Any, list[Any]]:
     completions = row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError(f"column 'completions': expected a list of at least two, got {_shown(completions)}")
-    prompt, completions = _prompt_and_completions(row["prompt"], completions, ["completions"] * len(completions))
+        raise ValueError(
+            f"column 'completions': expected a list of at least two, to be compared, got {_shown(completions)}; put "
+            "the completions of a prompt into one row, or leave the row out"
+        )
+    return _prompt_and_completions(row["prompt"], completions, ["completions"] * len(completions))
+
+
+def _read_ranked(row: Row) -> Example:
+    prompt, completions = _prompt_and_answers(row)
     column = "scores" if "scores" in row else "ranks"
-    values = row[column]
-    if not isinstance(values, list) or len(values) != len(completions):
-        found = len(values) if isinstance(values, list) else _shown(values)
-        raise ValueError(f"column {column!r}: expected one for each of the {len(completions)} completions, got {found}")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    values = _one_for_each(row[column], column, len(completions), "completions")
+    if not all(map(is_finite, values)):
         raise ValueError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
     scores = values if column == "scores" else [-rank for rank in values]
-    return Example(prompt, completions, comparisons_from_scores(scores), _template_arguments(row))
+    return Example(prompt, completions, comparisons_from_scores(scores), _template_arguments(row), scores=scores)
+
+
+def _read_compared(row: Row) -> Example:
+    prompt, completions = _prompt_and_answers(row)
+    comparisons, allowed = row["comparisons"], range(len(completions))
+    if not isinstance(comparisons, list):
+        raise ValueError(f"column 'comparisons': expected a list of [winner, loser], got {_shown(comparisons)}")
+    for pair in comparisons:
+        indices = isinstance(pair, list) and len(pair) == 2 and all(isinstance(index, int) for index in pair)
+        if not indices or pair[0] == pair[1] or not all(index in allowed for index in pair):
+            raise ValueError(
+                f"column 'comparisons': {pair} is not [winner, loser], two different indices from 0 to {allowed[-1]} "
+                f"of the {len(completions)} completions"
+            )
+    if cycle := _cycle(comparisons):
+        raise ValueError(
+            f"column 'comparisons': completions {' > '.join(map(str, cycle))} contradict each other; remove one of "
+            "these comparisons"
+        )
+    weights = None
+    if "weights" in row:
+        weights = _one_for_each(row["weights"], "weights", len(comparisons), "comparisons")
+        weights = [_weight(weight, "weights") for weight in weights]
+    pairs = [(winner, loser) for winner, loser in comparisons]
+    return Example(prompt, completions, pairs, _template_arguments(row), weights=weights)
+
+
+def _one_for_each(values: Any, column: str, count: int, what: str) -> list[Any]:
+    if not isinstance(values, list) or len(values) != count:
+        found = len(values) if isinstance(values, list) else _shown(values)
+        raise ValueError(f"column {column!r}: expected one for each of the {count} {what}, got {found}")
+    return values
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that fp32 holds."""
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
+
+
+def _weight(value: Any, column: str) -> float:
+    if not is_finite(value) or value < 0:
+        raise ValueError(f"column {column!r}: expected a finite number, 0 or more, got {value}")
+    return value
+
+
+def row_weight(row: Row) -> float:
+    """What a row's comparisons weigh."""
+    return _weight(row["weight"], "weight")
+
+
+def row_offset(row: Row) -> float:
+    """The margin in reward that the winner of a row's pair should have."""
+    if not is_finite(row["offset"]):
+        raise ValueError(
+            f"column 'offset': expected a finite number, got {row['offset']}; give one in every row (0 asks for no "
+            "margin), or leave the column out"
+        )
+    return row["offset"]
 
 
 def comparisons_from_scores(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -211,33 +281,48 @@ def comparisons_from_scores(scores: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in pairs if scores[i] != scores[j]]
 
 
+def _cycle(comparisons: Sequence[Sequence[int]]) -> list[int] | None:
+    """Completions of which each beats the next, the first also at the end; None where there are none such."""
+    beaten: dict[int, set[int]] = defaultdict(set)
+    for winner, loser in comparisons:
+        beaten[winner].add(loser)
+    # Who beats nobody that is left is in no cycle; of those who remain in the end, each beats another of them.
+    while harmless := [winner for winner, losers in beaten.items() if losers.isdisjoint(beaten)]:
+        for winner in harmless:
+            del beaten[winner]
+    if not beaten:
+        return None
+    path = [min(beaten)]
+    while (following := min(beaten[path[-1]] & beaten.keys())) not in path:
+        path.append(following)
+    return [*path[path.index(following) :], following]
+
+
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_PAIR_COLUMNS = ("weight", "offset", *_REFERENCE_COLUMNS)
+_RANKED_COLUMNS = ("weight", *_TEMPLATE_COLUMNS)
 
 PREPARED = Format(
     "prepared groups",
     ("prompt_ids", "completion_ids", "comparisons"),
-    ("comparison_weights", "context_lengths", "ref_logps"),
+    ("comparison_weights", "context_lengths", "ref_logps", "comparison_offsets", "completion_scores"),
 )
-TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _REFERENCE_COLUMNS)
+TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _PAIR_COLUMNS)
 FORMATS = (
     PREPARED,
     TOKENIZED,
-    Format("ranked by score", ("prompt", "completions", "scores"), _TEMPLATE_COLUMNS, _read_ranked),
-    Format("ranked", ("prompt", "completions", "ranks"), _TEMPLATE_COLUMNS, _read_ranked),
+    Format("ranked by score", ("prompt", "completions", "scores"), _RANKED_COLUMNS, _read_ranked),
+    Format("ranked", ("prompt", "completions", "ranks"), _RANKED_COLUMNS, _read_ranked),
+    Format("compared", ("prompt", "completions", "comparisons"), ("weights", *_RANKED_COLUMNS), _read_compared),
     Format(
         "ShareGPT pairs",
         ("conversations", "chosen", "rejected"),
-        ("system", *_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS),
+        ("system", *_TEMPLATE_COLUMNS, *_PAIR_COLUMNS),
         _read_sharegpt,
     ),
-    Format("pairs", ("prompt", "chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS), _read_pair),
-    Format(
-        "pairs with an implicit prompt",
-        ("chosen", "rejected"),
-        (*_TEMPLATE_COLUMNS, *_REFERENCE_COLUMNS),
-        _read_pair,
-    ),
+    Format("pairs", ("prompt", "chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_PAIR_COLUMNS), _read_pair),
+    Format("pairs with an implicit prompt", ("chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_PAIR_COLUMNS), _read_pair),
 )
 
 
@@ -250,15 +335,30 @@ def detect_format(columns: Collection[str]) -> Format:
     found = f"found the columns {', '.join(sorted(columns)) or '(none)'}"
     if vision := {"image", "images"} & set(columns):
         raise ValueError(f"dataset: {found}; images are not supported; remove {', '.join(vision)} to train on text")
-    if {"scores", "ranks", "completions"} <= set(columns):
-        raise ValueError(f"dataset: {found}; give either scores or ranks, not both")
     for candidate in FORMATS:
         if set(candidate.required) <= set(columns):
+            if "completions" in candidate.required:
+                _check_ranked(columns, found)
             references = set(columns) & set(_REFERENCE_COLUMNS)
             if len(references) == 1 and references <= set(candidate.optional):
                 raise ValueError(f"dataset: {found}; give both of {' and '.join(_REFERENCE_COLUMNS)}, or none of them")
             return candidate
-    accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
     if {"completion", "label"} <= set(columns):
-        found += "; completion with label is unpaired preference data, which is not supported: pair the completions"
+        raise ValueError(
+            f"dataset: {found}; completion with label is unpaired preference data (KTO), which is not supported: here "
+            "completions of one prompt are compared, as pairs (prompt, chosen, rejected) or ranked (prompt, "
+            "completions, scores). Put the rows of each prompt into one row, with their labels as scores, or train "
+            "with a KTO trainer"
+        )
+    accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
     raise ValueError(f"dataset: {found}. Rename the columns to one of the accepted formats:{accepted}")
+
+
+def _check_ranked(columns: Collection[str], found: str) -> None:
+    if len({"scores", "ranks", "comparisons"} & set(columns)) > 1:
+        raise ValueError(f"dataset: {found}; give either scores or ranks or comparisons, one of them only")
+    if "offset" in columns:
+        raise ValueError(
+            f"dataset: {found}; offset is the margin of one comparison, and a row of completions holds several: give "
+            "pairs (prompt, chosen, rejected, offset), or remove it"
+        )

@@ -14,6 +14,7 @@ once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from torch import Tensor
 from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
 
 Layout = Literal["shared", "padded"]
+ComparisonChoice = Literal["all_pairs", "best_vs_rest", "best_vs_worst"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,9 @@ class PreferenceGroup:
         context_lengths: how many leading tokens of each completion are context that is read but not scored. Zero unless
             truncation from the left cut the completions' prompts differently, so that they no longer share one.
         ref_logps: reference log-prob of each completion, in nats, where it is known.
+        comparison_offsets: by how much the winner's reward β(ℓ − ℓ_ref) should exceed the loser's, one a comparison,
+            where the data say so (ODPO, arXiv 2402.10571).
+        completion_scores: score of each completion, higher is better, where the data rank completions so.
     """
 
     prompt_ids: Sequence[int]
@@ -47,6 +52,8 @@ class PreferenceGroup:
     comparison_weights: Sequence[float] = (1.0,)
     context_lengths: Sequence[int] | None = None
     ref_logps: Sequence[float] | None = None
+    comparison_offsets: Sequence[float] | None = None
+    completion_scores: Sequence[float] | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> PreferenceGroup:
@@ -77,8 +84,11 @@ class PackedBatch:
         targets: int64 [N], the token each score row predicts.
         score_layout: where the score rows of completions and groups begin and end.
         completion_lengths: int64 [S], completion tokens (without context), the n of length-normalised losses.
+        completion_groups: int64 [S], the index of the group that each completion belongs to.
+        completion_scores: fp32 [S], NaN in groups without scores, or None where no group has any.
         comparisons: int64 [C, 2], (winner, loser) as indices of completions.
         comparison_weights: fp32 [C].
+        comparison_offsets: fp32 [C], 0 in groups without offsets, or None where no group has any.
         ref_logps: fp32 [S], or None.
         num_tokens: token positions that hold a token.
     """
@@ -91,8 +101,11 @@ class PackedBatch:
     targets: Tensor
     score_layout: ScoreLayout
     completion_lengths: Tensor
+    completion_groups: Tensor
+    completion_scores: Tensor | None
     comparisons: Tensor
     comparison_weights: Tensor
+    comparison_offsets: Tensor | None
     ref_logps: Tensor | None
     num_tokens: int
 
@@ -126,7 +139,7 @@ def pack(
         pad_token_id: token that fills the rows of the padded layout.
 
     Raises:
-        ValueError: no groups, or reference log-probs on some groups only.
+        ValueError: no groups, reference log-probs on some groups only, or a field of the wrong length.
     """
     if not groups:
         raise ValueError("groups is empty: pack() needs at least one preference group")
@@ -135,7 +148,8 @@ def pack(
         raise ValueError("groups: ref_logps is given on some groups and missing on others; give it on all or on none")
 
     body = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
-    first = np.cumsum([0] + [len(group.completion_ids) for group in groups[:-1]])
+    counts = [len(group.completion_ids) for group in groups]
+    first = np.cumsum([0] + counts[:-1])
     comparisons = np.concatenate(
         [
             np.asarray(group.comparisons, np.int64).reshape(-1, 2) + start
@@ -148,16 +162,30 @@ def pack(
         for group in groups
         for ids, context in zip(group.completion_ids, group.contexts, strict=True)
     ]
-    ref_logps = None
-    if groups[0].ref_logps is not None:
-        ref_logps = torch.tensor([logp for group in groups for logp in group.ref_logps], dtype=torch.float32)
     return PackedBatch(
         **body,
         completion_lengths=torch.tensor(lengths, dtype=torch.int64),
+        completion_groups=torch.arange(len(groups)).repeat_interleave(torch.tensor(counts)),
+        completion_scores=_joined(groups, "completion_scores", counts, missing=math.nan),
         comparisons=torch.from_numpy(comparisons),
         comparison_weights=torch.from_numpy(weights),
-        ref_logps=ref_logps,
+        comparison_offsets=_joined(
+            groups, "comparison_offsets", [len(group.comparisons) for group in groups], missing=0.0
+        ),
+        ref_logps=_joined(groups, "ref_logps", counts, missing=math.nan),
     )
+
+
+def _joined(groups: Sequence[PreferenceGroup], field: str, counts: Sequence[int], missing: float) -> Tensor | None:
+    """A field of all groups as one fp32 vector, `missing` in groups without it; None where no group has it."""
+    values = [getattr(group, field) for group in groups]
+    if all(part is None for part in values):
+        return None
+    for part, count in zip(values, counts, strict=True):
+        if part is not None and len(part) != count:
+            raise ValueError(f"groups: {field} of a group holds {len(part)} numbers where {count} are needed")
+    parts = [[missing] * count if part is None else part for part, count in zip(values, counts, strict=True)]
+    return torch.from_numpy(np.concatenate([np.asarray(part, np.float32) for part in parts]))
 
 
 def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:

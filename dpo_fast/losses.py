@@ -31,6 +31,8 @@ class Comparisons:
         winner_lengths, loser_lengths: n, [C].
         mean_winner_tokens: scalar, scored winner tokens per comparison over the whole optimizer step; it makes token
             means independent of how the step is cut into micro-batches.
+        offsets: the margin that each comparison should have at least, fp32 [C]; None for none.
+        winners: which completion wins, int64 [C]; None where every comparison has a winner of its own.
     """
 
     winner_logps: Tensor
@@ -40,6 +42,8 @@ class Comparisons:
     winner_lengths: Tensor
     loser_lengths: Tensor
     mean_winner_tokens: Tensor
+    offsets: Tensor | None = None
+    winners: Tensor | None = None
 
     @property
     def winner_ratios(self) -> Tensor:
@@ -101,6 +105,12 @@ def _delta(c: Comparisons, p: LossParameters) -> Tensor:
     return score(c.winner_ratios, p) - score(c.loser_ratios, p)
 
 
+def _logits(c: Comparisons, p: LossParameters) -> Tensor:
+    """βΔ, less the margin that the comparison should have (ODPO, arXiv 2402.10571, eq. 8)."""
+    logits = p.beta * _delta(c, p)
+    return logits if c.offsets is None else logits - c.offsets
+
+
 def _mean_delta(c: Comparisons, p: LossParameters) -> Tensor:
     """s_w/n_w − s_l/n_l."""
     winners = score(c.winner_ratios, p) / c.winner_lengths.clamp(min=1)
@@ -114,7 +124,7 @@ def _smoothed_logistic(logits: Tensor, p: LossParameters) -> Tensor:
 
 def sigmoid(c: Comparisons, p: LossParameters) -> Tensor:
     """DPO (arXiv 2305.18290, eq. 7): −log σ(βΔ); with ε > 0 conservative DPO: −(1−ε) log σ(βΔ) − ε log σ(−βΔ)."""
-    return _smoothed_logistic(p.beta * _delta(c, p), p)
+    return _smoothed_logistic(_logits(c, p), p)
 
 
 def sigmoid_norm(c: Comparisons, p: LossParameters) -> Tensor:
@@ -124,7 +134,7 @@ def sigmoid_norm(c: Comparisons, p: LossParameters) -> Tensor:
 
 def hinge(c: Comparisons, p: LossParameters) -> Tensor:
     """SLiC (arXiv 2305.10425) as RSO writes it (arXiv 2309.06657, eq. 11): max(0, 1 − βΔ)."""
-    return torch.relu(1 - p.beta * _delta(c, p))
+    return torch.relu(1 - _logits(c, p))
 
 
 def ipo(c: Comparisons, p: LossParameters) -> Tensor:
@@ -134,14 +144,14 @@ def ipo(c: Comparisons, p: LossParameters) -> Tensor:
 
 def exo_pair(c: Comparisons, p: LossParameters) -> Tensor:
     """EXO (arXiv 2402.00856, eq. 16): KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε); needs ε > 0."""
-    logits = p.beta * _delta(c, p)
+    logits = _logits(c, p)
     winner = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-p.label_smoothing))
     return winner + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(p.label_smoothing))
 
 
 def robust(c: Comparisons, p: LossParameters) -> Tensor:
     """Robust DPO (arXiv 2403.00409): [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), unbiased under flips."""
-    logits = p.beta * _delta(c, p)
+    logits = _logits(c, p)
     clean, flipped = -(1 - p.label_smoothing) * F.logsigmoid(logits), p.label_smoothing * F.logsigmoid(-logits)
     return (clean + flipped) / (1 - 2 * p.label_smoothing)
 
@@ -176,9 +186,23 @@ def apo_down(c: Comparisons, p: LossParameters) -> Tensor:
 
 def discopop(c: Comparisons, p: LossParameters) -> Tensor:
     """DiscoPOP (arXiv 2406.08414, eq. 5): −log σ(x)(1 − m) + e^{−x} m, with x = βΔ and m = σ(x/τ)."""
-    logits = p.beta * _delta(c, p)
+    logits = _logits(c, p)
     share = torch.sigmoid(logits / p.discopop_tau)
     return -F.logsigmoid(logits) * (1 - share) + _bounded_exp(-logits) * share
+
+
+def plackett_luce(c: Comparisons, p: LossParameters) -> Tensor:
+    """DPO of a full ranking (arXiv 2305.18290, appendix A.3, eq. 20): −Σ_k log [e^{βs_k} / Σ_{j from k on} e^{βs_j}].
+
+    A winner and all its losers are one factor, log(1 + Σ_l e^{−βΔ_l}), of which each of its comparisons gets an equal
+    part. With one loser each it is `sigmoid`.
+    """
+    logits = _logits(c, p)
+    if c.winners is None:
+        return F.softplus(-logits)
+    same = c.winners[:, None] == c.winners
+    total = torch.where(same, -logits, -torch.inf).logsumexp(dim=1)
+    return F.softplus(total) / same.sum(dim=1)
 
 
 def aot(c: Comparisons, p: LossParameters) -> Tensor:
@@ -243,6 +267,7 @@ LOSSES: dict[str, Loss] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
+    "plackett_luce": plackett_luce,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
     "sft": sft,
@@ -253,6 +278,7 @@ LOSSES: dict[str, Loss] = {
 }
 COUPLED = ("aot", "aot_unpaired")  # the losses of a comparison that depend on all others of the step
 REFERENCE_FREE = ("nll", "simpo", "cpo", "orpo")  # the losses that look at no reference log-prob
+WITH_OFFSETS = ("sigmoid", "hinge", "exo_pair", "robust", "discopop", "plackett_luce")  # those that heed `offsets`
 WITH_LENGTHS = ("sigmoid_norm", "ipo", "sft", "nll", "simpo", "cpo", "orpo")  # those that count tokens
 SMOOTHED = (
     "sigmoid",
@@ -296,6 +322,7 @@ def batch_loss(
     lengths: Tensor,  # n, int64 [S]
     comparisons: Tensor,  # int64 [C, 2], (winner, loser)
     comparison_weights: Tensor,  # fp32 [C]
+    comparison_offsets: Tensor,  # fp32 [C]
     totals: Tensor,  # fp32 [2], sums over the optimizer step of the weights, and of them times the winner's tokens
     *,
     types: Sequence[str],
@@ -313,6 +340,8 @@ def batch_loss(
             winner_lengths=lengths[winners],
             loser_lengths=lengths[losers],
             mean_winner_tokens=totals[1] / totals[0],
+            offsets=comparison_offsets,
+            winners=winners,
         ),
         types,
         weights,
@@ -328,6 +357,7 @@ def weighted_batch_loss(
     lengths: Tensor,
     comparisons: Tensor,
     comparison_weights: Tensor,
+    comparison_offsets: Tensor,
     totals: Tensor,
     **options,
 ) -> Tensor:
@@ -338,7 +368,7 @@ def weighted_batch_loss(
     with torch.no_grad():
         likelihood = torch.exp((logps - log_sum_sq_probs) / lengths.clamp(min=1))
         comparison_weights = comparison_weights * likelihood[comparisons].prod(dim=1)
-    return batch_loss(logps, ref_logps, lengths, comparisons, comparison_weights, totals, **options)
+    return batch_loss(logps, ref_logps, lengths, comparisons, comparison_weights, comparison_offsets, totals, **options)
 
 
 def dpo_loss(
@@ -352,6 +382,7 @@ def dpo_loss(
     *,
     chosen_lengths: Tensor | None = None,  # [B]
     rejected_lengths: Tensor | None = None,  # [B]
+    offsets: Tensor | None = None,  # [B]
     **parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of B pairs for a loop of one's own, with the arguments and results of the original DPO code.
@@ -363,6 +394,7 @@ def dpo_loss(
         loss_type: a name of `LOSSES`, or a function like those.
         label_smoothing: probability that a label is flipped.
         chosen_lengths, rejected_lengths: completion tokens, for the losses in `WITH_LENGTHS`.
+        offsets: margins that pairs should have, for the losses in `WITH_OFFSETS`.
         parameters: other fields of `LossParameters`.
 
     Returns:
@@ -380,8 +412,10 @@ def dpo_loss(
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
     }
-    for argument, tensor in tensors.items():
-        if tensor is None and name in WITH_LENGTHS:
+    if offsets is not None and name not in WITH_OFFSETS:
+        raise ValueError(f"offsets mean nothing to {name}; leave them out, or choose from {list(WITH_OFFSETS)}")
+    for argument, tensor in {**tensors, "offsets": offsets}.items():
+        if tensor is None and argument != "offsets" and name in WITH_LENGTHS:
             raise ValueError(f"{argument} is missing: {name} counts tokens; give both lengths")
         if tensor is not None and tensor.shape != policy_chosen_logps.shape:
             raise ValueError(
@@ -389,6 +423,6 @@ def dpo_loss(
                 f"got {tuple(tensor.shape)}"
             )
     mean_tokens = torch.ones(()) if chosen_lengths is None else chosen_lengths.float().mean()
-    comparisons = Comparisons(*tensors.values(), mean_winner_tokens=mean_tokens)
+    comparisons = Comparisons(*tensors.values(), mean_winner_tokens=mean_tokens, offsets=offsets)
     losses = LOSSES[name](comparisons, LossParameters(beta=beta, label_smoothing=label_smoothing, **parameters))
     return losses, beta * comparisons.winner_ratios.detach(), beta * comparisons.loser_ratios.detach()

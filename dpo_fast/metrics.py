@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.forward import PackedOutput
+from dpo_fast.group_metrics import group_metrics
 from dpo_fast.groups import PackedBatch
 
 
@@ -24,7 +25,7 @@ def batch_metrics(
 
     Rewards, log-probs and accuracies are means over comparisons, weighted. Entropy is a mean over all score rows,
     logits and token accuracy over those of winners and losers; a completion that wins or loses several comparisons
-    counts each time.
+    counts each time. Groups with scores add how well the rewards agree with them.
     """
     winners, losers = packed.comparisons.unbind(1)
     weights = packed.comparison_weights
@@ -57,6 +58,8 @@ def batch_metrics(
             "logits/rejected": token_mean(logits, losers),
             "mean_token_accuracy": token_mean(top1, winners),
         }
+    if packed.completion_scores is not None:
+        metrics |= group_metrics(rewards, packed.completion_scores, packed.completion_groups)
     if output.aux_loss is not None:
         metrics["aux_loss"] = (output.aux_loss, torch.ones_like(output.aux_loss))
     return {name: (numerator.detach(), denominator) for name, (numerator, denominator) in metrics.items()}

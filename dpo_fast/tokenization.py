@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast import formats
-from dpo_fast.formats import Example, Format, Row
+from dpo_fast.formats import Example, Format, Row, row_offset, row_weight
 
 # Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
 _CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(formats.__file__).read_bytes()).hexdigest()
@@ -42,9 +42,15 @@ class TokenizeRows:
             examples = [self._at(index, self.source.read, row) for index, row in zip(indices, rows, strict=True)]
             for example, sequences in zip(examples, self._tokenize(examples, indices), strict=True):
                 groups.append(self._split(example, *sequences))
-        if "ref_chosen_logps" in batch:
-            for index, row, group in zip(indices, rows, groups, strict=True):
-                group["ref_logps"] = self._at(index, _reference_logps, row)
+        for index, row, group in zip(indices, rows, groups, strict=True):
+            if "ref_chosen_logps" in row:
+                known = self._at(index, _reference_logps, row)
+                group["ref_logps"] = known if group["completion_ids"] else []
+            if "weight" in row:
+                weight = self._at(index, row_weight, row)
+                group["comparison_weights"] = [weight * each for each in group["comparison_weights"]]
+            if "offset" in row:
+                group["comparison_offsets"] = [self._at(index, row_offset, row)] * len(group["comparisons"])
         return {column: [group[column] for group in groups] for column in groups[0]}
 
     def _at(self, index: int, function, *args):
@@ -54,11 +60,17 @@ class TokenizeRows:
             raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
 
     def _split(self, example: Example, prompt: list[int], *whole: list[int]) -> Row:
-        if not whole:
-            return _group([], [], [])
-        start = min(_common_prefix_length(prompt, ids) for ids in whole)
-        lost = self.tokenizer.decode(prompt[start:]) if start < len(prompt) else ""
-        return _group(prompt[:start], [ids[start:] for ids in whole], example.comparisons, lost)
+        if whole:
+            start = min(_common_prefix_length(prompt, ids) for ids in whole)
+            group = _group(prompt[:start], [ids[start:] for ids in whole], example.comparisons)
+            group["lost_prompt"] = self.tokenizer.decode(prompt[start:]) if start < len(prompt) else ""
+        else:
+            group = _group([], [], [])
+        if example.weights is not None and whole:
+            group["comparison_weights"] = example.weights
+        if example.scores is not None:
+            group["completion_scores"] = example.scores if whole else []
+        return group
 
     def _tokenize(self, examples: list[Example], indices: list[int]) -> list[list[list[int]]]:
         """Ids of the prompt and of every prompt+completion; alike examples share one call of the tokenizer."""
@@ -131,12 +143,12 @@ def _reference_logps(row: Row) -> list[float]:
     return values
 
 
-def _group(prompt: list[int], completions: list[list[int]], comparisons: list, lost_prompt: str = "") -> Row:
+def _group(prompt: list[int], completions: list[list[int]], comparisons: list) -> Row:
     return {
         "prompt_ids": prompt,
         "completion_ids": completions,
         "comparisons": comparisons,
         "comparison_weights": [1.0] * len(comparisons),
         "context_lengths": [0] * len(completions),
-        "lost_prompt": lost_prompt,
+        "lost_prompt": "",
     }

@@ -33,13 +33,13 @@ from dpo_fast.cache_dir import cache_dir
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
-from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
+from dpo_fast.coupling import Coefficients, comparison_offsets, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary, prepare_dataset
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters, batch_loss, weighted_batch_loss
+from dpo_fast.losses import COUPLED, REFERENCE_FREE, WITH_OFFSETS, LossParameters, batch_loss, weighted_batch_loss
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
@@ -181,10 +181,16 @@ class DPOTrainer(Trainer):
                 self._tokenizer,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
+                comparisons=args.comparisons,
                 group_by_prompt=args.group_by_prompt,
                 vocab_size=self._vocab_size,
                 num_proc=args.dataset_num_proc,
                 name=name,
+            )
+        if "comparison_offsets" in dataset.column_names and not set(args.loss_mix) & set(WITH_OFFSETS):
+            raise ValueError(
+                f"offset: the {name} dataset has offsets, which mean nothing to loss_type={args.loss_type}; drop the "
+                f"column, or choose from {list(WITH_OFFSETS)}"
             )
         self.data_summaries[name] = summary
         logger.info("%s: %s", name, summary)
@@ -337,8 +343,8 @@ class DPOTrainer(Trainer):
             return {"loss": self._surrogate, "loss_inputs": (coefficients.gradient, coefficients.share)}
         if self._coupled:
             return {}
-        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, totals)
-        return {"loss": self._loss, "loss_inputs": (self._ref_logps(packed), *inputs)}
+        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, comparison_offsets(packed))
+        return {"loss": self._loss, "loss_inputs": (self._ref_logps(packed), *inputs, totals)}
 
     def _ref_logps(self, packed: PackedBatch) -> Tensor:
         if packed.ref_logps is None:

@@ -1,4 +1,4 @@
-"""Whole preference groups → groups that fit `max_length` and carry signal.
+"""Whole preference groups → the comparisons asked for, in groups that fit `max_length` and carry signal.
 
 `keep_start` keeps the first max_length tokens of prompt+completion, and drops a group whose prompt alone fills them.
 `keep_end` keeps the last ones. Completions that lose different parts of the prompt no longer share one: each then
@@ -8,15 +8,19 @@ carries what is left of it as its own context. These are TRL 1.16's rules.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from dpo_fast.groups import PreferenceGroup
+from dpo_fast import groups
+from dpo_fast.formats import is_finite
+from dpo_fast.groups import ComparisonChoice, PreferenceGroup
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+COMPARISON_CHOICES = get_args(ComparisonChoice)
 
 # Why a row, or a single comparison, was dropped.
 NO_PROMPT = "no prompt"
@@ -24,21 +28,79 @@ ALL_TIES = "all ties"
 PROMPT_TOO_LONG = "prompt fills max_length"
 EMPTY_COMPLETION = "empty completion"
 IDENTICAL_COMPLETIONS = "identical completions"
+NO_WEIGHT = "no weight"
 STAYS = ", in a group that stays"
 
 FIELDS = tuple(field.name for field in fields(PreferenceGroup))
+OPTIONAL_FIELDS = ("ref_logps", "comparison_offsets", "completion_scores")  # in all rows of a dataset, or in none
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
-CODE = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
+CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(groups.__file__).read_bytes()).hexdigest()
 
 
-def group_from_row(row: dict[str, Any]) -> PreferenceGroup:
-    """The group of a row, with the columns that it leaves out filled in."""
+def group_from_row(row: dict[str, Any], where: str) -> PreferenceGroup:
+    """The group of a row, checked, with the columns that it leaves out filled in; `where` names the row in errors."""
     group = PreferenceGroup.from_row(row)
     weights = row.get("comparison_weights")
-    return replace(
+    group = replace(
         group,
         comparison_weights=[1.0] * len(group.comparisons) if weights is None else weights,
         context_lengths=list(group.contexts),
+    )
+    for column in OPTIONAL_FIELDS:
+        if column in row and row[column] is None:
+            raise ValueError(f"{where}: column {column!r} is missing; give it in every row, or leave the column out")
+    _check(group, where)
+    return group
+
+
+def _check(group: PreferenceGroup, where: str) -> None:
+    count = len(group.completion_ids)
+    if any(not 0 <= index < count for pair in group.comparisons for index in pair):
+        raise ValueError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
+    for column, needed, what in (
+        ("comparison_weights", len(group.comparisons), "comparisons"),
+        ("comparison_offsets", len(group.comparisons), "comparisons"),
+        ("context_lengths", count, "completions"),
+        ("ref_logps", count, "completions"),
+        ("completion_scores", count, "completions"),
+    ):
+        values = getattr(group, column)
+        if values is not None and len(values) != needed:
+            raise ValueError(f"{where}: column {column!r} holds {len(values)} for {needed} {what}; give one for each")
+        if values is not None and not all(map(is_finite, values)):
+            raise ValueError(f"{where}: column {column!r}: expected finite numbers, got {values}")
+    if any(weight < 0 for weight in group.comparison_weights):
+        raise ValueError(
+            f"{where}: column 'comparison_weights': {group.comparison_weights} must be 0 or more; let the other "
+            "completion win instead"
+        )
+
+
+def choose_comparisons(group: PreferenceGroup, choice: ComparisonChoice) -> PreferenceGroup:
+    """`group` with those of its comparisons that `choice` asks for; all of them where it has no scores.
+
+    `best_vs_rest` keeps what a completion of the highest score wins, `best_vs_worst` what it wins against one of the
+    lowest: a single comparison, unless several completions share either score.
+    """
+    scores = group.completion_scores
+    if choice == "all_pairs" or not scores:
+        return group
+    best, bound = max(scores), min(scores) if choice == "best_vs_worst" else np.inf
+    kept = [
+        index
+        for index, (winner, loser) in enumerate(group.comparisons)
+        if scores[winner] == best and scores[loser] <= bound
+    ]
+    return _with_comparisons(group, kept)
+
+
+def _with_comparisons(group: PreferenceGroup, kept: Sequence[int]) -> PreferenceGroup:
+    offsets = group.comparison_offsets
+    return replace(
+        group,
+        comparisons=[group.comparisons[c] for c in kept],
+        comparison_weights=[group.comparison_weights[c] for c in kept],
+        comparison_offsets=None if offsets is None else [offsets[c] for c in kept],
     )
 
 
@@ -74,22 +136,23 @@ def keep_signal(group: PreferenceGroup) -> tuple[PreferenceGroup, list[int], lis
     keys = list(zip(group.contexts, group.completion_ids, strict=True))
     empty = [len(ids) <= max(context, unpredicted) for context, ids in keys]
     kept, reasons = [], []
-    for (winner, loser), weight in zip(group.comparisons, group.comparison_weights, strict=True):
+    for index, (winner, loser) in enumerate(group.comparisons):
         if empty[winner] or empty[loser]:
             reasons.append(EMPTY_COMPLETION)
         elif keys[winner] == keys[loser]:
             reasons.append(IDENTICAL_COMPLETIONS)
         else:
-            kept.append((winner, loser, weight))
-    used = sorted({index for winner, loser, _ in kept for index in (winner, loser)})
+            kept.append(index)
+    group = _with_comparisons(group, kept)
+    used = sorted({index for pair in group.comparisons for index in pair})
     place = {index: k for k, index in enumerate(used)}
     group = replace(
         group,
         completion_ids=[group.completion_ids[k] for k in used],
-        comparisons=[(place[winner], place[loser]) for winner, loser, _ in kept],
-        comparison_weights=[weight for *_, weight in kept],
+        comparisons=[(place[winner], place[loser]) for winner, loser in group.comparisons],
         context_lengths=[group.contexts[k] for k in used],
         ref_logps=None if group.ref_logps is None else [group.ref_logps[k] for k in used],
+        completion_scores=None if group.completion_scores is None else [group.completion_scores[k] for k in used],
     )
     return group, used, reasons
 
@@ -105,21 +168,24 @@ class TruncateRows:
         *,
         max_length: int | None,
         truncation_mode: str,
+        comparisons: ComparisonChoice,
         vocab_size: int | None,
         eos_token_id: int | None,
         name: str,
     ):
-        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.max_length, self.truncation_mode, self.comparisons = max_length, truncation_mode, comparisons
         self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
         self.name, self.code = name, CODE
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        results = [self._row(group_from_row(row), index) for row, index in zip(rows, indices, strict=True)]
+        results = [self._row(row, index) for row, index in zip(rows, indices, strict=True)]
         return {column: [result[column] for result in results] for column in results[0]}
 
-    def _row(self, whole: PreferenceGroup, index: int) -> dict[str, Any]:
-        self._check(whole, f"{self.name} dataset, row {index}")
+    def _row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"{self.name} dataset, row {index}"
+        whole = choose_comparisons(group_from_row(row, where), self.comparisons)
+        self._check_vocabulary(whole, where)
         longest = np.inf if self.max_length is None else self.max_length
         if self.truncation_mode == "keep_start" and len(whole.prompt_ids) >= longest:
             return self._dropped(whole, PROMPT_TOO_LONG)
@@ -130,6 +196,8 @@ class TruncateRows:
         group, used, reasons = keep_signal(truncate(whole, self.max_length, self.truncation_mode))
         if not group.comparisons:
             return self._dropped(whole, reasons[0])
+        if not np.asarray(group.comparison_weights, np.float32).any():
+            return self._dropped(whole, NO_WEIGHT)
 
         truncated = lost_eos = 0
         for k, ids in zip(used, group.completion_ids, strict=True):
@@ -143,17 +211,7 @@ class TruncateRows:
     def _dropped(self, group: PreferenceGroup, reason: str) -> dict[str, Any]:
         return {**{column: [] for column in _columns(group)}, "truncated": 0, "lost_eos": 0, "reasons": [reason]}
 
-    def _check(self, group: PreferenceGroup, where: str) -> None:
-        count = len(group.completion_ids)
-        if any(not 0 <= index < count for pair in group.comparisons for index in pair):
-            raise ValueError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
-        if len(group.comparison_weights) != len(group.comparisons):
-            found = f"{len(group.comparison_weights)} for {len(group.comparisons)} comparisons"
-            raise ValueError(f"{where}: column 'comparison_weights' holds {found}; give one for each")
-        for column in ("context_lengths", "ref_logps"):
-            values = getattr(group, column)
-            if values is not None and len(values) != count:
-                raise ValueError(f"{where}: column {column!r} holds {len(values)} for {count} completions")
+    def _check_vocabulary(self, group: PreferenceGroup, where: str) -> None:
         for ids in (group.prompt_ids, *group.completion_ids):
             if ids and (min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size)):
                 wrong = min(ids) if min(ids) < 0 else max(ids)

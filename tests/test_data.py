@@ -14,7 +14,7 @@ from dpo_fast.data import DataSummary, load_preference_dataset, prepare_dataset
 from dpo_fast.formats import comparisons_from_scores
 from dpo_fast.groups import PreferenceGroup
 from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.truncation import truncate
+from dpo_fast.truncation import OPTIONAL_FIELDS, truncate
 from tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -370,7 +370,7 @@ def test_reference_logps_of_cut_or_merged_rows_are_not_used(caplog):
 
 def test_the_columns_are_the_fields_of_a_group():
     rows, _ = prepare([PAIR])
-    assert rows.column_names == [field.name for field in fields(PreferenceGroup) if field.name != "ref_logps"]
+    assert rows.column_names == [field.name for field in fields(PreferenceGroup) if field.name not in OPTIONAL_FIELDS]
     group = PreferenceGroup.from_row(rows[0])
     assert group.comparisons == [[0, 1]] and group.comparison_weights == [1.0] and group.contexts == [0, 0]
 

@@ -14,6 +14,7 @@ from dpo_fast.losses import (
     REFERENCE_FREE,
     SMOOTHED,
     WITH_LENGTHS,
+    WITH_OFFSETS,
     Comparisons,
     LossParameters,
     batch_loss,
@@ -92,6 +93,7 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
         "apo_zero": lambda: 1 - sigma(b * sw) + sigma(b * sl),
         "apo_down": lambda: sigma(b * sw) + 1 - sigma(x),
         "discopop": lambda: -log_sigmoid(x) * (1 - sigma(x / tau)) + math.exp(-x) * sigma(x / tau),
+        "plackett_luce": lambda: -log_sigmoid(x),
         "aot": lambda: logistic(b * (ordered(policy_margin)[row] - ordered(reference_margin)[row])),
         "aot_unpaired": lambda: logistic(b * (ordered(winner_ratio)[row] - ordered(loser_ratio)[row])),
         "sft": lambda: -w / float(c.mean_winner_tokens),
@@ -143,6 +145,7 @@ AT_THE_REFERENCE = {
     "apo_zero": 1.0,
     "apo_down": 1.0,
     "discopop": (math.log(2) + 1) / 2,
+    "plackett_luce": math.log(2),
     "aot": math.log(2),
     "aot_unpaired": math.log(2),
     "exo_pair": -math.log(2) - 0.5 * (math.log(0.9) + math.log(0.1)),
@@ -224,10 +227,12 @@ def test_weights_of_wpo_by_hand():
     lengths, pairs = torch.tensor([1, 2, 2, 4]), torch.tensor([[0, 1], [2, 3]])
     ref, weights, totals = torch.zeros(4).double(), torch.tensor([1.0, 3.0]).double(), torch.tensor([4.0, 9.0])
     options = {"types": ["sigmoid"], "weights": [1.0], "parameters": LossParameters(0.5)}
-    value = weighted_batch_loss(logps, squares, ref, lengths, pairs, weights, totals, **options)
+    offsets = torch.zeros(2)
+    value = weighted_batch_loss(logps, squares, ref, lengths, pairs, weights, offsets, totals, **options)
     expected = (-log_sigmoid(0.5) - 3 * math.exp(-0.5) * log_sigmoid(0.5)) / 4
     assert value.item() == pytest.approx(expected, rel=1e-12)
-    plain = batch_loss(logps, ref, lengths, pairs, weights * torch.tensor([1.0, math.exp(-0.5)]), totals, **options)
+    weights = weights * torch.tensor([1.0, math.exp(-0.5)])
+    plain = batch_loss(logps, ref, lengths, pairs, weights, offsets, totals, **options)
     gradients = [torch.autograd.grad(loss, logps)[0] for loss in (value, plain)]
     assert torch.allclose(*gradients, rtol=1e-6), "the weights carry no gradient"
 
@@ -272,3 +277,34 @@ def test_a_function_of_ones_own_is_a_loss(monkeypatch):
         named_loss(cauchy)
     with pytest.raises(ValueError, match="is not known"):
         named_loss(7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_offset_is_a_margin_that_the_comparison_lacks(name):
+    """Where it means something, it acts as if the winner's β·score were so much lower."""
+    c, p = comparisons(), parameters(name, beta=0.5, discopop_tau=0.5)
+    offsets = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    with_offsets = LOSSES[name](dataclasses.replace(c, offsets=offsets), p)
+    if name in WITH_OFFSETS:
+        expected = LOSSES[name](dataclasses.replace(c, winner_logps=c.winner_logps - offsets / 0.5), p)
+        assert torch.allclose(with_offsets, expected, rtol=1e-10)
+    else:
+        assert torch.equal(with_offsets, LOSSES[name](c, p))
+        with pytest.raises(ValueError, match="^offsets mean nothing"):
+            dpo_loss(*pairs_of(c), loss_type=name, offsets=offsets)
+
+
+def test_plackett_luce_is_the_likelihood_of_a_ranking():
+    """Of two groups, one of four completions and one of two: all pairs, every winner's losers below it."""
+    scores = torch.tensor([2.0, 0.5, -1.0, 0.3, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+    ranking = [[0, 1, 2, 3], [4, 5]]
+    pairs = torch.tensor([(i, j) for order in ranking for k, i in enumerate(order) for j in order[k + 1 :]])
+    zeros = torch.zeros(len(pairs), dtype=torch.float64)
+    winners, losers = pairs.unbind(1)
+    lengths = torch.ones(len(pairs))
+    c = Comparisons(scores[winners], scores[losers], zeros, zeros, lengths, lengths, lengths.mean(), winners=winners)
+    value = LOSSES["plackett_luce"](c, LossParameters(0.7)).sum()
+    likelihood = sum((0.7 * scores[order[k:]]).log_softmax(0)[0] for order in ranking for k in range(len(order) - 1))
+    assert value.item() == pytest.approx(-likelihood.item(), rel=1e-12)
+    for one, other in zip(*(torch.autograd.grad(x, scores) for x in (value, -likelihood)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10)

@@ -19,7 +19,8 @@ LAYERS = (
     {"dpo_fast_kernels"},
     {"groups", "losses", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
-    | {"models", "checkpoints", "collator", "coupling", "sampler", "reference", "forward", "metrics"},
+    | {"models", "checkpoints", "collator", "coupling", "sampler", "reference", "forward", "fused_linear"}
+    | {"metrics", "group_metrics"},
     {"trainer"},
     {"cli", "arguments", "doctor", "demo", "integrations"},
 )

@@ -363,6 +363,38 @@ def test_a_coupled_loss_does_not_depend_on_how_a_step_is_cut(tmp_path, name):
             assert torch.allclose(a, b, atol=2e-5)
 
 
+def groups_of_four(count: int = 8) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "prompt": words(4, generator),
+            "completions": [" " + words(5, generator) for _ in range(4)],
+            "scores": [4.0, 3.0, 2.0, 1.0],
+        }
+        for _ in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+def test_groups_of_four_train_and_report_how_they_are_ranked(tmp_path):
+    trainer = make_trainer(tmp_path, groups_of_four(), loss_type=["plackett_luce"], max_steps=12, learning_rate=1e-2)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[0]["rewards/kendall_tau"] == 0.0 and rows[0]["rewards/accuracies"] == 0.0, "all rewards are 0 at first"
+    assert rows[0]["loss"] == pytest.approx((math.log(4) + math.log(3) + math.log(2)) / 6, rel=1e-5)
+    assert rows[-1]["rewards/kendall_tau"] > 0.5 and rows[-1]["rewards/best_of_k"] > 0.5
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_offsets_are_margins_of_the_loss(tmp_path):
+    rows = pairs().add_column("offset", [0.5] * len(pairs()))
+    trainer = make_trainer(tmp_path, rows, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-5)
+    with pytest.raises(ValueError, match="^offset: .*ipo"):
+        make_trainer(tmp_path, rows, loss_type=["ipo"])
+
+
 def test_rpo_alpha_adds_the_winners_likelihood(tmp_path):
     one = make_trainer(tmp_path, max_steps=2, rpo_alpha=0.5)
     other = make_trainer(tmp_path, max_steps=2, loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.5])
