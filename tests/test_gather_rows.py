@@ -3,11 +3,6 @@ torch.compile takes whole."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,6 +11,7 @@ from torch.library import opcheck
 from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
 from dpo_fast_kernels import GatherPlan, gather_rows
 from dpo_fast_kernels.gather_rows import segment_sum, segment_sum_torch
+from interpreting import interpreted
 from numerics import assert_close_to_truth
 
 ROWS, COLUMNS = 50, 7
@@ -139,16 +135,7 @@ def interpreted_checks() -> int:
 
 
 def test_the_triton_kernel_interpreted():
-    pytest.importorskip("triton", reason="Triton does not exist on this platform")
-    program = "import test_gather_rows; print('checks', test_gather_rows.interpreted_checks())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["checks", "16"]
+    assert interpreted("test_gather_rows", "interpreted_checks()") == 16
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +13,7 @@ from dpo_fast_kernels.gemm import Gemm
 from dpo_fast_kernels.linear_logps import linear_logps
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import linear_logps_reference
+from interpreting import interpreted
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth
 
@@ -378,16 +374,7 @@ def interpreted_checks() -> int:
 
 
 def test_triton_backend_interpreted():
-    pytest.importorskip("triton", reason="Triton does not exist on this platform")
-    program = "import test_linear_logps; print('problems', test_linear_logps.interpreted_checks())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["problems", "16"]
+    assert interpreted("test_linear_logps", "interpreted_checks()") == 16
 
 
 @pytest.mark.gpu

@@ -7,12 +7,8 @@ The same checks run under Triton's interpreter, in a process of its own and in s
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from math import ceil
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +21,7 @@ from dpo_fast_kernels import linear_logps_fused as module
 from dpo_fast_kernels.linear_logps_fused import linear_logps_fused
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import linear_logps_reference, row_logps_reference
+from interpreting import interpreted
 from numerics import assert_close_to_truth
 
 TRANSFORMS = {
@@ -273,15 +270,7 @@ def interpreted_checks() -> int:
 
 
 def test_interpreted():
-    program = "import test_linear_logps_fused as test; print('checks', test.interpreted_checks())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["checks", "31"]
+    assert interpreted("test_linear_logps_fused", "interpreted_checks()") == 31
 
 
 @pytest.mark.parametrize("multiprocessors", [58, 108, 132, 148])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from dpo_fast_kernels.gemm import Gemm
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import linear_logps_reference
 from dpo_fast_kernels.score_layout import group_tiles
+from interpreting import interpreted
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth
 
@@ -461,16 +458,7 @@ def interpreted_checks() -> int:
 
 
 def test_triton_backend_interpreted():
-    pytest.importorskip("triton", reason="Triton does not exist on this platform")
-    program = "import test_linear_preference as t; print('problems', t.interpreted_checks())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["problems", "12"]
+    assert interpreted("test_linear_preference", "interpreted_checks()") == 12
 
 
 LARGE = [(700, 512), (90, 300), (2600, 1900), (1, 40), (800, 10, 99, 333)]

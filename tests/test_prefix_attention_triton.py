@@ -7,17 +7,14 @@ every kind of block. `test_prefix_attention.py` holds the kernels to the same on
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dpo_fast_kernels import PrefixLayout, prefix_attention
 from dpo_fast_kernels.reference import prefix_attention_reference
+from interpreting import interpreted
 from numerics import assert_close_to_truth
 from test_prefix_attention import double, inputs, run
 
@@ -153,18 +150,8 @@ def far_views(*tensors: torch.Tensor) -> list[torch.Tensor]:
     ("part", "count"), [("shapes", 30), ("options", 24), ("heads", 18), ("fuzz", 40), ("memory", 4)]
 )
 def test_kernels_interpreted(part, count):
-    pytest.importorskip("triton", reason="Triton does not exist on this platform")
-    program = (
-        f"import torch; torch.set_num_threads(1); import test_prefix_attention_triton as t; print(t.check_{part}())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout) == count
+    flags = ("-W", "error::RuntimeWarning")
+    assert interpreted("test_prefix_attention_triton", f"check_{part}()", *flags) == count
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,6 @@ and on a GPU with `-m gpu`.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,6 +17,7 @@ from torch import Tensor
 from dpo_fast_kernels import row_logps_torch
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform
 from dpo_fast_kernels.reference import row_gradient_reference, row_logps_reference
+from interpreting import interpreted
 from numerics import assert_close_to_truth
 
 TRANSFORMS = {
@@ -251,16 +248,7 @@ def interpreted_checks() -> int:
 
 
 def test_triton_kernels_interpreted():
-    pytest.importorskip("triton", reason="Triton does not exist on this platform")
-    program = "import test_row_logps; print('checks', test_row_logps.interpreted_checks())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["checks", "31"]
+    assert interpreted("test_row_logps", "interpreted_checks()") == 31
 
 
 @pytest.mark.gpu

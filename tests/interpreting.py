@@ -1,0 +1,30 @@
+"""Runs checks of Triton kernels in Triton's interpreter, on a CPU, in a process of its own.
+
+The interpreter must be asked for before the first import of a kernel, and then nothing can be compiled any more.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def interpreted(module: str, call: str, *flags: str) -> int:
+    """Returns what `module.call`, an expression such as "checks()", counted; its errors fail the test.
+
+    `flags` are Python's own, such as -W error::RuntimeWarning for kernels in which inf and NaN never meet.
+    """
+    pytest.importorskip("triton", reason="Triton does not exist on this platform")
+    program = f"import torch; torch.set_num_threads(1); import {module}; print({module}.{call})"
+    run = subprocess.run(
+        [sys.executable, *flags, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return int(run.stdout)
