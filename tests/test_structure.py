@@ -1,6 +1,6 @@
 """The layers of the code: arrows between files point down, and the names that must stay free stay free.
 
-cli, arguments, doctor, demo, integrations → trainer → data, sampler, reference, coupling, forward, fused_linear, metrics
+cli, arguments, doctor, demo, integrations → trainer → data, sampler, reference, coupling, forward, metrics
     → groups, losses, head, attention → dpo_fast_kernels
 """
 
