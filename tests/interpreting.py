@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process that imports test modules too, one thread for it."""
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+
+
 def interpreted(module: str, call: str, *flags: str) -> int:
     """Returns what `module.call`, an expression such as "checks()", counted; its errors fail the test.
 
@@ -22,7 +28,7 @@ def interpreted(module: str, call: str, *flags: str) -> int:
     program = f"import torch; torch.set_num_threads(1); import {module}; print({module}.{call})"
     run = subprocess.run(
         [sys.executable, *flags, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**environment(), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch
 from dpo_fast.coupling import step_coefficients, step_loss, surrogate
 from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
 from dpo_fast.losses import LossParameters, batch_loss
+from interpreting import environment
 
 LOSS = functools.partial(
     batch_loss, types=["aot", "aot_unpaired", "sft"], weights=[1.0, 0.5, 0.1], parameters=LossParameters(0.7)
@@ -78,7 +77,7 @@ def test_two_ranks_with_unequal_shares_agree_with_one():
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
         [*program, "--no-python", sys.executable, "-c", "import test_coupling; test_coupling.on_two_ranks()"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
