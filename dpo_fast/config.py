@@ -173,7 +173,7 @@ class DPOConfig(TrainingArguments):
         default="reverse_kl",
         metadata={
             "help": "Divergence from the reference that is bounded: reverse_kl, forward_kl, js_divergence or "
-            "alpha_divergence. Means nothing to sft and to losses without a reference."
+            "alpha_divergence. Means nothing to sft and to losses without a reference, and does not go with aot."
         },
     )
     f_alpha_divergence_coef: float = field(
@@ -300,6 +300,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"use_weighting=True has no pair to weigh in {list(COUPLED)}, which sort both sides apart; "
                 f"turn it off, or leave them out of loss_type={self.loss_type}."
+            )
+        if "aot" in self.loss_type and self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r} has no ratio to score in 'aot', which sorts the margins of "
+                "policy and reference apart; take 'aot_unpaired', or 'reverse_kl'."
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError(

@@ -215,8 +215,9 @@ def aot(c: Comparisons, p: LossParameters) -> Tensor:
 
 
 def aot_unpaired(c: Comparisons, p: LossParameters) -> Tensor:
-    """AOT (arXiv 2406.05882) of unpaired sides: d = sort(r_w) − sort(r_l), as in `aot`."""
-    return _smoothed_logistic(p.beta * (c.winner_ratios.sort().values - c.loser_ratios.sort().values), p)
+    """AOT (arXiv 2406.05882) of unpaired sides: d = sort(s_w) − sort(s_l), as in `aot`."""
+    winners, losers = score(c.winner_ratios, p).sort().values, score(c.loser_ratios, p).sort().values
+    return _smoothed_logistic(p.beta * (winners - losers), p)
 
 
 def sft(c: Comparisons, p: LossParameters) -> Tensor:

@@ -55,6 +55,10 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl'.*'js_divergence'"),
         ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef=inf"),
         ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting=True has no pair to weigh"),
+        (
+            {"loss_type": ["aot"], "f_divergence_type": "js_divergence"},
+            "f_divergence_type='js_divergence' has no ratio",
+        ),
         ({"couple": "batch"}, "couple='batch'.*'micro_batch'"),
         ({"rpo_alpha": -1.0}, "rpo_alpha=-1.0 must be a finite number"),
         ({"simpo_gamma": float("nan")}, "simpo_gamma=nan"),

@@ -72,7 +72,8 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
 
     rows = list(zip(*(column.tolist() for column in pairs_of(c)), strict=True))
     policy_margin, reference_margin = (lambda w, lo, rw, rl: w - lo), (lambda w, lo, rw, rl: rw - rl)
-    winner_ratio, loser_ratio = (lambda w, lo, rw, rl: w - rw), (lambda w, lo, rw, rl: lo - rl)
+    divergence = DIVERGENCES[p.f_divergence_type]
+    winner_score, loser_score = (lambda w, lo, rw, rl: divergence(w - rw)), (lambda w, lo, rw, rl: divergence(lo - rl))
 
     def ordered(value) -> list[float]:
         return sorted(value(*row) for row in rows)
@@ -95,7 +96,7 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
         "discopop": lambda: -log_sigmoid(x) * (1 - sigma(x / tau)) + math.exp(-x) * sigma(x / tau),
         "plackett_luce": lambda: -log_sigmoid(x),
         "aot": lambda: logistic(b * (ordered(policy_margin)[row] - ordered(reference_margin)[row])),
-        "aot_unpaired": lambda: logistic(b * (ordered(winner_ratio)[row] - ordered(loser_ratio)[row])),
+        "aot_unpaired": lambda: logistic(b * (ordered(winner_score)[row] - ordered(loser_score)[row])),
         "sft": lambda: -w / float(c.mean_winner_tokens),
         "nll": lambda: -w / nw,
         "simpo": lambda: logistic(b * (w / nw - lo / nl) - p.simpo_gamma),
