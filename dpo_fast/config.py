@@ -303,8 +303,8 @@ class DPOConfig(TrainingArguments):
             )
         if "aot" in self.loss_type and self.f_divergence_type != "reverse_kl":
             raise ValueError(
-                f"f_divergence_type={self.f_divergence_type!r} has no ratio to score in 'aot', which sorts the margins of "
-                "policy and reference apart; take 'aot_unpaired', or 'reverse_kl'."
+                f"f_divergence_type={self.f_divergence_type!r} has no ratio to score in 'aot', which sorts the "
+                "margins of policy and reference apart; take 'aot_unpaired', or 'reverse_kl'."
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError(
