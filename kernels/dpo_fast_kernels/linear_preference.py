@@ -118,11 +118,14 @@ def _linear_preference_loss(
         gradients = HeadGradients(x, w, gemm, (needs_hidden, needs_weight, needs_bias), hidden.dtype)
         step, most = group_tile_rows(x.shape[0], w.shape, budget_bytes, gemm)
         tiles = list(group_tiles(host_cu_scores, cu_groups, step, most))
+        value, whole = sequence_loss.value_and_gradient(head.sums, inputs) if not tiles else (None, None)
         used = torch.zeros_like(head.sums)  # ∂loss/∂sums, as the tiles took it
 
         def coefficients(tile: GroupTile) -> Tensor:
+            nonlocal value, whole  # the last tile's are those of all groups
             head.sum_up(tile)
-            used[tile.completions] = sequence_loss.gradient(head.sums, inputs)[tile.completions]
+            value, whole = sequence_loss.value_and_gradient(head.sums, inputs)
+            used[tile.completions] = whole[tile.completions]
             return used[tile.completions] * transform.slope
 
         most_rows = max((step if tile.split else tile.rows.stop - tile.rows.start for tile in tiles), default=0)
@@ -134,7 +137,6 @@ def _linear_preference_loss(
                 d = head.score(tile.rows, memory)
                 gradients.add(tile.rows, d, head.spread(coefficients(tile), tile))
 
-        value, whole = sequence_loss.value_and_gradient(head.sums, inputs)
         if len(tiles) > 1:
             value = _checked(value, used, whole)
         values = list(head.statistics.values())

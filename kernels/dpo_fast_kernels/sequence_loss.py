@@ -46,10 +46,6 @@ class SequenceLoss:
     def __call__(self, logps: Tensor, *sums_and_inputs: Tensor) -> Tensor:
         return self.function(logps, *sums_and_inputs)
 
-    def gradient(self, logps: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """Returns ∂value/∂logps, [S]."""
-        return self.value_and_gradient(logps, inputs)[1]
-
     def value_and_gradient(self, logps: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the value, a scalar, and ∂value/∂logps, [S]; works below autograd too.
 
