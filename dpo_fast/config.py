@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from dpo_fast.groups import ComparisonChoice
-from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, named_loss
+from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, heeds, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
@@ -291,7 +291,7 @@ class DPOConfig(TrainingArguments):
                 f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "
                 "Use 0 for labels that are right."
             )
-        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
+        if self.label_smoothing and not any(heeds(name, SMOOTHED) for name in self.loss_type):
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r} means nothing to loss_type={self.loss_type}; set it to 0, "
                 f"or choose from {list(SMOOTHED)}."

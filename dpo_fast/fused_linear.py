@@ -30,6 +30,7 @@ from dpo_fast.losses import (
     FDivergence,
     Loss,
     LossParameters,
+    heeds,
     named_loss,
 )
 from dpo_fast_kernels import ScoreLayout, linear_logps, linear_preference_loss
@@ -91,7 +92,7 @@ class FusedLinearDPOLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
         self.more_parameters = parameters
-        self._check_options(own_function=callable(loss_type))
+        self._check_options()
 
     def forward(
         self,
@@ -198,7 +199,7 @@ class FusedLinearDPOLoss(nn.Module):
         of_rows = linear_logps(rows.select(ref_input), ref_weight, rows.targets, ref_bias, cu_scores=cu_scores)
         return self._per_sequence(of_rows.sequence_logps, lengths)
 
-    def _check_options(self, own_function: bool) -> None:
+    def _check_options(self) -> None:
         name, smoothing = self.loss_type, self.label_smoothing
         if name in COUPLED:
             raise ValueError(
@@ -207,7 +208,7 @@ class FusedLinearDPOLoss(nn.Module):
             )
         if not 0 <= smoothing < 0.5:
             raise ValueError(f"label_smoothing={smoothing!r} must lie in [0, 0.5): it is the share of flipped labels")
-        if smoothing and name not in SMOOTHED and not own_function:
+        if smoothing and not heeds(name, SMOOTHED):
             raise ValueError(
                 f"label_smoothing={smoothing!r} means nothing to loss_type={name!r}; set it to 0, "
                 f"or choose from {', '.join(SMOOTHED)}"

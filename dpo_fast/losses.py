@@ -12,7 +12,7 @@ log-probs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -293,6 +293,14 @@ SMOOTHED = (
 )  # the losses that ε means something to
 
 
+_BUILT_IN = frozenset(LOSSES)
+
+
+def heeds(name: str, those: Collection[str]) -> bool:
+    """Whether a loss is one of `those` (`SMOOTHED`, `WITH_OFFSETS`); a function of one's own is taken to be."""
+    return name in those or name not in _BUILT_IN
+
+
 def named_loss(loss: str | Loss) -> str:
     """Returns the name of a loss; a function of one's own enters `LOSSES` under its own name.
 
@@ -413,7 +421,7 @@ def dpo_loss(
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
     }
-    if offsets is not None and name not in WITH_OFFSETS:
+    if offsets is not None and not heeds(name, WITH_OFFSETS):
         raise ValueError(f"offsets mean nothing to {name}; leave them out, or choose from {list(WITH_OFFSETS)}")
     for argument, tensor in {**tensors, "offsets": offsets}.items():
         if tensor is None and argument != "offsets" and name in WITH_LENGTHS:

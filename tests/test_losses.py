@@ -270,6 +270,8 @@ def test_a_function_of_ones_own_is_a_loss(monkeypatch):
         return torch.log1p((1 - p.beta * (c.winner_ratios - c.loser_ratios)) ** 2)
 
     c = comparisons()
+    offsets = torch.linspace(-1, 1, 7)
+    assert dpo_loss(*pairs_of(c), loss_type=cauchy, offsets=offsets)[0].shape == (7,), "it may heed offsets"
     losses, _, _ = dpo_loss(*pairs_of(c), beta=0.2, loss_type=cauchy)
     assert torch.equal(losses, cauchy(c, LossParameters(0.2)))
     assert named_loss("cauchy") == named_loss(cauchy) == "cauchy"
