@@ -40,12 +40,6 @@ def surrogate(
     return share + product - product.detach()
 
 
-def comparison_offsets(packed: PackedBatch) -> Tensor:
-    """The margins that comparisons should have, fp32 [C]: 0 where the data have none."""
-    offsets = packed.comparison_offsets
-    return torch.zeros_like(packed.comparison_weights) if offsets is None else offsets
-
-
 def step_loss(
     packs: Sequence[PackedBatch],
     logps: Sequence[Tensor],  # ℓ of each pack, fp32 [S]
@@ -62,7 +56,7 @@ def step_loss(
     completions = [torch.cat(list(logps)), torch.cat(list(ref_logps)), torch.cat([p.completion_lengths for p in packs])]
     comparisons = torch.cat([p.comparisons + start for p, start in zip(packs, counts, strict=False)])
     weights = torch.cat([p.comparison_weights for p in packs])
-    offsets = torch.cat([comparison_offsets(p) for p in packs])
+    offsets = torch.cat([p.offsets for p in packs])
     if accelerator is not None and accelerator.num_processes > 1:
         mine = accelerator.process_index
         # float64 holds every index and count exactly.

@@ -114,6 +114,12 @@ class PackedBatch:
         """int64 [S + 1], where the score rows of each completion begin and end."""
         return self.score_layout.cu_scores
 
+    @property
+    def offsets(self) -> Tensor:
+        """fp32 [C], `comparison_offsets`, 0 where the data have none."""
+        known = self.comparison_offsets
+        return torch.zeros_like(self.comparison_weights) if known is None else known
+
     def to(self, *args, **kwargs) -> PackedBatch:
         """Moves every tensor, once; `non_blocking=True` overlaps it with the computation."""
         return self._map(lambda value: value.to(*args, **kwargs))

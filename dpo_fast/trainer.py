@@ -33,13 +33,21 @@ from dpo_fast.cache_dir import cache_dir
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
-from dpo_fast.coupling import Coefficients, comparison_offsets, step_coefficients, step_loss, surrogate
+from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary, prepare_dataset
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import COUPLED, REFERENCE_FREE, WITH_OFFSETS, LossParameters, batch_loss, weighted_batch_loss
+from dpo_fast.losses import (
+    COUPLED,
+    REFERENCE_FREE,
+    WITH_OFFSETS,
+    LossParameters,
+    batch_loss,
+    heeds,
+    weighted_batch_loss,
+)
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
@@ -187,14 +195,26 @@ class DPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
-        if "comparison_offsets" in dataset.column_names and not set(args.loss_mix) & set(WITH_OFFSETS):
-            raise ValueError(
-                f"offset: the {name} dataset has offsets, which mean nothing to loss_type={args.loss_type}; drop the "
-                f"column, or choose from {list(WITH_OFFSETS)}"
-            )
+        self._check_loss_fits(dataset, name)
         self.data_summaries[name] = summary
         logger.info("%s: %s", name, summary)
         return dataset
+
+    def _check_loss_fits(self, dataset: Dataset, name: str) -> None:
+        mix = self._config.loss_mix
+        if "comparison_offsets" in dataset.column_names and not any(heeds(loss, WITH_OFFSETS) for loss in mix):
+            raise ValueError(
+                f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(mix)}; drop the "
+                f"column, or choose from {list(WITH_OFFSETS)}"
+            )
+        if set(mix) & set(COUPLED):
+            weights = {weight for row in dataset["comparison_weights"] for weight in row}
+            if len(weights) > 1:
+                raise ValueError(
+                    f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and "
+                    f"{list(COUPLED)} sort both sides apart, so that none belongs to a comparison any more; weigh all "
+                    f"alike, or leave these losses out of loss_type={list(mix)}"
+                )
 
     def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
         """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
@@ -275,11 +295,12 @@ class DPOTrainer(Trainer):
 
     def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
         """Finds out in a first pass how the packs of `batches` depend on each other, unless they are one and alone."""
+        for batch in batches:
+            batch["packs"] = [packed.to(self.args.device) for packed in batch["packs"]]
         packs = [packed for batch in batches for packed in batch["packs"]]
         if len(packs) == 1 and (accelerator is None or accelerator.num_processes == 1):
             return
         model = self.model_wrapped.train()
-        packs = [packed.to(self.args.device) for packed in packs]
         with torch.no_grad(), self.accelerator.autocast():
             logps = [model(packed=packed).logps for packed in packs]
         ref_logps = [self._ref_logps(packed) for packed in packs]
@@ -343,7 +364,7 @@ class DPOTrainer(Trainer):
             return {"loss": self._surrogate, "loss_inputs": (coefficients.gradient, coefficients.share)}
         if self._coupled:
             return {}
-        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, comparison_offsets(packed))
+        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, packed.offsets)
         return {"loss": self._loss, "loss_inputs": (self._ref_logps(packed), *inputs, totals)}
 
     def _ref_logps(self, packed: PackedBatch) -> Tensor:

@@ -332,6 +332,8 @@ def test_a_function_of_ones_own_trains_like_any_loss(tmp_path, monkeypatch):
     for trainer in (mine, usual):
         trainer.train()
     assert mine.args.loss_type == ["logistic"], "a name, so that the configuration can be saved"
+    rows = pairs().add_column("offset", [0.5] * len(pairs()))
+    make_trainer(tmp_path, rows, loss_type=logistic, label_smoothing=0.1)  # which it may heed, for all we know
     for one, other in zip(mine.model.parameters(), usual.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
@@ -393,6 +395,13 @@ def test_offsets_are_margins_of_the_loss(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-5)
     with pytest.raises(ValueError, match="^offset: .*ipo"):
         make_trainer(tmp_path, rows, loss_type=["ipo"])
+
+
+def test_sorting_refuses_weights_that_differ(tmp_path):
+    rows = pairs().add_column("weight", [1.0, 2.0] * (len(pairs()) // 2))
+    with pytest.raises(ValueError, match="^weight: .*aot"):
+        make_trainer(tmp_path, rows, loss_type=["sigmoid", "aot"])
+    make_trainer(tmp_path, rows.map(lambda row: {"weight": 2.0}), loss_type=["sigmoid", "aot"])
 
 
 def test_rpo_alpha_adds_the_winners_likelihood(tmp_path):
