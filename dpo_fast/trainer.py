@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,26 +195,10 @@ class DPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
-        self._check_loss_fits(dataset, name)
+        _check_loss_fits(args.loss_mix, dataset, name)
         self.data_summaries[name] = summary
         logger.info("%s: %s", name, summary)
         return dataset
-
-    def _check_loss_fits(self, dataset: Dataset, name: str) -> None:
-        mix = self._config.loss_mix
-        if "comparison_offsets" in dataset.column_names and not any(heeds(loss, WITH_OFFSETS) for loss in mix):
-            raise ValueError(
-                f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(mix)}; drop the "
-                f"column, or choose from {list(WITH_OFFSETS)}"
-            )
-        if set(mix) & set(COUPLED):
-            weights = {weight for row in dataset["comparison_weights"] for weight in row}
-            if len(weights) > 1:
-                raise ValueError(
-                    f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and "
-                    f"{list(COUPLED)} sort both sides apart, so that none belongs to a comparison any more; weigh all "
-                    f"alike, or leave these losses out of loss_type={list(mix)}"
-                )
 
     def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
         """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
@@ -450,3 +434,20 @@ def _map_datasets(datasets: Dataset | dict[str, Dataset] | None, function: Calla
     if isinstance(datasets, dict):
         return {name: function(dataset, name) for name, dataset in datasets.items()}
     return None if datasets is None else function(datasets, "eval")
+
+
+def _check_loss_fits(losses: Collection[str], dataset: Dataset, name: str) -> None:
+    """Refuses offsets that no loss heeds, and weights that sorting losses cannot tell apart."""
+    if "comparison_offsets" in dataset.column_names and not any(heeds(loss, WITH_OFFSETS) for loss in losses):
+        raise ValueError(
+            f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
+            f"column, or choose from {list(WITH_OFFSETS)}"
+        )
+    if set(losses) & set(COUPLED):
+        weights = {weight for row in dataset["comparison_weights"] for weight in row}
+        if len(weights) > 1:
+            raise ValueError(
+                f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(COUPLED)} "
+                "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
+                f"these losses out of loss_type={list(losses)}"
+            )
