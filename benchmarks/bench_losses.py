@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
-from dpo_fast.losses import LOSSES, SMOOTHED, LossParameters, batch_loss
+from dpo_fast.losses import LOSSES, SMOOTHED, LossParameters
+from dpo_fast.objective import Objective
 from dpo_fast_kernels import SequenceLoss
 
 PROMPT, CHOSEN, REJECTED = 120, 200, 220
@@ -111,17 +112,14 @@ class Step:
         self._model, self._packed = model, pack(groups).to(model.device)
         packed, weights = self._packed, self._packed.comparison_weights
         totals = torch.stack([weights.sum(), weights.sum() * CHOSEN])
-        offsets = torch.zeros_like(weights)
-        self._inputs = [
-            packed.ref_logps, packed.completion_lengths, packed.comparisons, weights, offsets, totals
-        ]  # fmt: skip
+        self._inputs = Objective({}).inputs(packed, totals)
         self._logps = packed.ref_logps + torch.randn(packed.ref_logps.shape, generator=generator).to(model.device)
         self._losses = {name: self._sequence_loss(name) for name in LOSSES}
 
     @staticmethod
     def _sequence_loss(name: str) -> SequenceLoss:
         parameters = LossParameters(label_smoothing=0.1 if name in SMOOTHED else 0.0)
-        return SequenceLoss(functools.partial(batch_loss, types=[name], weights=[1.0], parameters=parameters))
+        return SequenceLoss(Objective({name: 1.0}, parameters))
 
     def run(self, name: str) -> None:
         self._model.zero_grad()

@@ -23,7 +23,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # Flags of `trl dpo` that ask for something dpo_fast does not do, with the default at which they ask for nothing.
 TRL_ONLY: dict[str, Any] = {
-    "ld_alpha": None,
     "activation_offloading": False,
     "sync_ref_model": False,
     "ref_model_mixup_alpha": 0.6,

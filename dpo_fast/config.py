@@ -187,6 +187,13 @@ class DPOConfig(TrainingArguments):
             "loss."
         },
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight α in [0, 1] of the tokens by which a completion is longer than the one it is compared with "
+            "(LD-DPO); with any loss. Unset, all tokens weigh alike, as with 1."
+        },
+    )
     couple: CoupleChoice = field(
         default="step",
         metadata={
@@ -286,6 +293,11 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
                 raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
+        if self.ld_alpha is not None and (not isinstance(self.ld_alpha, int | float) or not 0 <= self.ld_alpha <= 1):
+            raise ValueError(
+                f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None; the paper takes 0.3 to 0.6 "
+                "for instruct models."
+            )
         if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "

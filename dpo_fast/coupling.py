@@ -7,7 +7,8 @@ all c, and the usual pass differentiates Σ_s c_s·ℓ_s pack by pack. The resul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dpo_fast.groups import PackedBatch
+from dpo_fast.losses import Comparisons
+from dpo_fast.objective import Objective
+
+_MOST_COMPLETIONS = 2**32  # of a rank in a step: tells the completions of ranks apart
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Coefficients:
     """What stands in for a coupled loss in one pack.
 
     Attributes:
-        gradient: ∂loss/∂ℓ, fp32 [S].
+        gradient: ∂loss/∂ℓ, fp32 [P], of every piece.
         share: scalar, the pack's share of the loss.
     """
 
@@ -31,8 +36,8 @@ class Coefficients:
 
 
 def surrogate(
-    logps: Tensor,  # fp32 [S]
-    gradient: Tensor,  # fp32 [S]
+    logps: Tensor,  # fp32 [P]
+    gradient: Tensor,  # fp32 [P]
     share: Tensor,  # scalar
 ) -> Tensor:
     """The function of ℓ whose value is `share` and whose gradient is `gradient`."""
@@ -42,59 +47,65 @@ def surrogate(
 
 def step_loss(
     packs: Sequence[PackedBatch],
-    logps: Sequence[Tensor],  # ℓ of each pack, fp32 [S]
-    ref_logps: Sequence[Tensor],  # ℓ_ref of each pack, fp32 [S]
+    logps: Sequence[Tensor],  # of each pack's pieces, fp32 [P]
     totals: Tensor,  # fp32 [2], of the whole step
-    loss: Callable[..., Tensor],
+    objective: Objective,
     accelerator: Accelerator | None = None,
 ) -> Tensor:
-    """A loss (`losses.batch_loss`) of all comparisons in `packs`, and of all ranks if an accelerator is given.
+    """The loss of all comparisons in `packs`, and of all ranks if an accelerator is given.
 
     Returns a scalar, differentiable in `logps`.
     """
-    counts = torch.tensor([0, *(len(part) for part in logps)]).cumsum(0).tolist()
-    completions = [torch.cat(list(logps)), torch.cat(list(ref_logps)), torch.cat([p.completion_lengths for p in packs])]
-    comparisons = torch.cat([p.comparisons + start for p, start in zip(packs, counts, strict=False)])
-    weights = torch.cat([p.comparison_weights for p in packs])
-    offsets = torch.cat([p.offsets for p in packs])
+    compared, first = [], 0
+    for packed, part in zip(packs, logps, strict=True):
+        own = objective.compare(part, *objective.inputs(packed, totals))
+        compared.append(dataclasses.replace(own, winners=own.winners + first))
+        first += len(packed.completion_lengths)
+    whole = _joined(compared)
     if accelerator is not None and accelerator.num_processes > 1:
-        mine = accelerator.process_index
-        # float64 holds every index and count exactly.
-        rows = _of_all_ranks(torch.stack([x.detach().double() for x in completions], dim=1), accelerator)
-        columns = (*comparisons.unbind(1), weights, offsets)
-        pairs = _of_all_ranks(torch.stack([x.double() for x in columns], dim=1), accelerator)
-        starts = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
-        completions = [
-            torch.cat([own if rank == mine else part[:, column].to(own.dtype) for rank, part in enumerate(rows)])
-            for column, own in enumerate(completions)
-        ]
-        comparisons = torch.cat([part[:, :2].long() + start for part, start in zip(pairs, starts, strict=False)])
-        weights, offsets = (torch.cat([part[:, column] for part in pairs]).float() for column in (2, 3))
-    return loss(*completions, comparisons, weights, offsets, totals)
+        whole = _of_all_ranks(whole, accelerator)
+    return objective.mean(whole, totals)
+
+
+def _joined(parts: Sequence[Comparisons]) -> Comparisons:
+    """One after the other; scalars are the same in all."""
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _columns(parts[0])}
+    return dataclasses.replace(parts[0], **columns)
+
+
+def _columns(comparisons: Comparisons) -> list[str]:
+    """The fields that have one entry a comparison."""
+    values = ((field.name, getattr(comparisons, field.name)) for field in dataclasses.fields(comparisons))
+    return [name for name, value in values if value is not None and value.ndim == 1]
+
+
+def _of_all_ranks(own: Comparisons, accelerator: Accelerator) -> Comparisons:
+    """The comparisons of all ranks, in their order; this rank's stay differentiable."""
+    columns = _columns(own)
+    # float64 holds every index and count exactly.
+    rows = torch.stack([getattr(own, name).detach().double() for name in columns], dim=1)
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0))
+    parts = []
+    for rank, (part, count) in enumerate(zip(gathered.split(max(counts)), counts, strict=True)):
+        values = {name: part[:count, i].to(getattr(own, name).dtype) for i, name in enumerate(columns)}
+        part = own if rank == accelerator.process_index else dataclasses.replace(own, **values)
+        parts.append(dataclasses.replace(part, winners=part.winners + rank * _MOST_COMPLETIONS))
+    return _joined(parts)
 
 
 def step_coefficients(
     packs: Sequence[PackedBatch],
     logps: Sequence[Tensor],
-    ref_logps: Sequence[Tensor],
     totals: Tensor,
-    loss: Callable[..., Tensor],
+    objective: Objective,
     accelerator: Accelerator | None = None,
 ) -> list[Coefficients]:
     """The gradient of `step_loss` for every pack; shares add up to the loss over the packs of all ranks."""
     leaves = [part.detach().requires_grad_() for part in logps]
     with torch.enable_grad():
-        value = step_loss(packs, leaves, ref_logps, totals, loss, accelerator)
+        value = step_loss(packs, leaves, totals, objective, accelerator)
         gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
     ranks = 1 if accelerator is None else accelerator.num_processes
     share = value.detach() / (len(packs) * ranks)
     return [Coefficients(gradient, share) for gradient in gradients]
-
-
-def _of_all_ranks(
-    rows: Tensor,  # [n, columns], n its own on every rank
-    accelerator: Accelerator,
-) -> list[Tensor]:
-    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0))
-    return [part[:count] for part, count in zip(gathered.split(max(counts)), counts, strict=True)]

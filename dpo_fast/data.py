@@ -35,6 +35,7 @@ from dpo_fast.truncation import (
     COMPARISON_CHOICES,
     FIELDS,
     OPTIONAL_FIELDS,
+    REFERENCE_FIELDS,
     TRUNCATION_MODES,
     TruncateRows,
     choose_comparisons,
@@ -52,6 +53,7 @@ _COLUMNS = {
     "comparison_weights": List(Value("float64")),
     "context_lengths": List(Value("int32")),
     "ref_logps": List(Value("float64")),
+    "ref_token_logps": List(List(Value("float32"))),
     "comparison_offsets": List(Value("float64")),
     "completion_scores": List(Value("float64")),
 }
@@ -161,13 +163,13 @@ def prepare_dataset(
             f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ and "
             "weights above 0"
         )
-    if summary.truncated and "ref_logps" in features:
+    if summary.truncated and REFERENCE_FIELDS & set(features):
         logger.warning(
             "%s dataset: its reference log-probs are not used, because %d completions were cut to max_length",
             name,
             summary.truncated,
         )
-        del features["ref_logps"]
+        features = {field: feature for field, feature in features.items() if field not in REFERENCE_FIELDS}
     if len(kept) < len(truncated):
         truncated = truncated.select(kept)
     return truncated.select_columns(list(features)), summary
@@ -243,7 +245,7 @@ class _MergeRows:
 
     def __call__(self, first: dict[str, Any], index: int) -> dict[str, Any]:
         completions: dict[tuple[int, ...], int] = {}
-        references: list[float] = []
+        references: dict[str, list] = {field: [] for field in REFERENCE_FIELDS}
         scores: dict[int, list[float]] = defaultdict(list)
         weights: dict[tuple[int, int, float], float] = defaultdict(float)
         for member in self.members[index]:
@@ -252,8 +254,9 @@ class _MergeRows:
             place = []
             for k, (context, ids) in enumerate(zip(group.contexts, group.completion_ids, strict=True)):
                 key = (context, *ids)
-                if key not in completions and group.ref_logps is not None:
-                    references.append(group.ref_logps[k])
+                for field, values in references.items():
+                    if key not in completions and getattr(group, field) is not None:
+                        values.append(getattr(group, field)[k])
                 place.append(completions.setdefault(key, len(completions)))
                 if group.completion_scores is not None:
                     scores[place[k]].append(group.completion_scores[k])
@@ -267,7 +270,7 @@ class _MergeRows:
             "comparisons": [(winner, loser) for winner, loser, _ in weights],
             "comparison_weights": list(weights.values()),
             "context_lengths": [context for context, *_ in completions],
-            "ref_logps": references,
+            **references,
             "comparison_offsets": [offset for *_, offset in weights],
             "completion_scores": [fmean(scores[k]) for k in sorted(scores)],
         }
@@ -285,9 +288,10 @@ def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int
         alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
         digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
         members[index if alone else digest].append(index)
-    if len(members) < len(rows) and "ref_logps" in rows.column_names:
+    supplied = sorted(REFERENCE_FIELDS & set(rows.column_names))
+    if len(members) < len(rows) and supplied:
         logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
-        rows = rows.remove_columns("ref_logps")
+        rows = rows.remove_columns(supplied)
     return rows.select([group[0] for group in members.values()]).map(
         _MergeRows(rows, list(members.values()), comparisons, name),
         with_indices=True,

@@ -306,7 +306,14 @@ _RANKED_COLUMNS = ("weight", *_TEMPLATE_COLUMNS)
 PREPARED = Format(
     "prepared groups",
     ("prompt_ids", "completion_ids", "comparisons"),
-    ("comparison_weights", "context_lengths", "ref_logps", "comparison_offsets", "completion_scores"),
+    (
+        "comparison_weights",
+        "context_lengths",
+        "ref_logps",
+        "ref_token_logps",
+        "comparison_offsets",
+        "completion_scores",
+    ),
 )
 TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _PAIR_COLUMNS)
 FORMATS = (

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.pieces import Pieces, by_completion, cut_completions
 from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
 
 Layout = Literal["shared", "padded"]
@@ -41,6 +42,7 @@ class PreferenceGroup:
         context_lengths: how many leading tokens of each completion are context that is read but not scored. Zero unless
             truncation from the left cut the completions' prompts differently, so that they no longer share one.
         ref_logps: reference log-prob of each completion, in nats, where it is known.
+        ref_token_logps: reference log-prob of each scored token of each completion, where a loss needs parts of them.
         comparison_offsets: by how much the winner's reward β(ℓ − ℓ_ref) should exceed the loser's, one a comparison,
             where the data say so (ODPO, arXiv 2402.10571).
         completion_scores: score of each completion, higher is better, where the data rank completions so.
@@ -52,6 +54,7 @@ class PreferenceGroup:
     comparison_weights: Sequence[float] = (1.0,)
     context_lengths: Sequence[int] | None = None
     ref_logps: Sequence[float] | None = None
+    ref_token_logps: Sequence[Sequence[float]] | None = None
     comparison_offsets: Sequence[float] | None = None
     completion_scores: Sequence[float] | None = None
 
@@ -82,14 +85,17 @@ class PackedBatch:
         attention_mask: int64 [S, L], 1 on tokens (padded), else None.
         scores: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
         targets: int64 [N], the token each score row predicts.
-        score_layout: where the score rows of completions and groups begin and end.
+        score_layout: where the score rows of pieces and groups begin and end; a completion is one piece unless cut.
+        pieces: int64 [S, J], which pieces a completion consists of, filled up with P, the number of pieces; None where
+            every completion is one.
+        cuts: int64 [C, 2], how many leading pieces of winner and loser lie within the shorter one's length, or None.
         completion_lengths: int64 [S], completion tokens (without context), the n of length-normalised losses.
         completion_groups: int64 [S], the index of the group that each completion belongs to.
         completion_scores: fp32 [S], NaN in groups without scores, or None where no group has any.
         comparisons: int64 [C, 2], (winner, loser) as indices of completions.
         comparison_weights: fp32 [C].
         comparison_offsets: fp32 [C], 0 in groups without offsets, or None where no group has any.
-        ref_logps: fp32 [S], or None.
+        ref_logps: fp32 [S], or [S, J] by piece with zeros behind the last, or None.
         num_tokens: token positions that hold a token.
     """
 
@@ -100,6 +106,8 @@ class PackedBatch:
     scores: GatherPlan
     targets: Tensor
     score_layout: ScoreLayout
+    pieces: Tensor | None
+    cuts: Tensor | None
     completion_lengths: Tensor
     completion_groups: Tensor
     completion_scores: Tensor | None
@@ -111,8 +119,15 @@ class PackedBatch:
 
     @property
     def cu_scores(self) -> Tensor:
-        """int64 [S + 1], where the score rows of each completion begin and end."""
+        """int64 [P + 1], where the score rows of each piece begin and end."""
         return self.score_layout.cu_scores
+
+    def completion_sums(
+        self,
+        sums: Tensor,  # [P]
+    ) -> Tensor:  # [S]
+        """Adds what was summed over pieces up to completions."""
+        return sums if self.pieces is None else by_completion(sums, self.pieces).sum(dim=1)
 
     @property
     def offsets(self) -> Tensor:
@@ -136,6 +151,7 @@ def pack(
     groups: Sequence[PreferenceGroup],
     layout: Layout = "shared",
     pad_token_id: int = 0,
+    cut: bool = False,
 ) -> PackedBatch:
     """Lays `groups` out for one forward pass.
 
@@ -143,17 +159,19 @@ def pack(
         groups: at least one; either all or none carry `ref_logps`.
         layout: `shared` or `padded`, see the module's docstring.
         pad_token_id: token that fills the rows of the padded layout.
+        cut: whether to cut completions into pieces where others that they are compared with end (LD-DPO). Reference
+            log-probs are then taken from `ref_token_logps`.
 
     Raises:
         ValueError: no groups, reference log-probs on some groups only, or a field of the wrong length.
     """
     if not groups:
         raise ValueError("groups is empty: pack() needs at least one preference group")
-    with_reference = {group.ref_logps is not None for group in groups}
-    if len(with_reference) != 1:
-        raise ValueError("groups: ref_logps is given on some groups and missing on others; give it on all or on none")
+    reference = "ref_token_logps" if cut else "ref_logps"
+    if len({getattr(group, reference) is not None for group in groups}) != 1:
+        raise ValueError(f"groups: {reference} is given on some groups and missing on others; give it on all or none")
 
-    body = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
+    body, rows, targets = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
     counts = [len(group.completion_ids) for group in groups]
     first = np.cumsum([0] + counts[:-1])
     comparisons = np.concatenate(
@@ -168,8 +186,17 @@ def pack(
         for group in groups
         for ids, context in zip(group.completion_ids, group.contexts, strict=True)
     ]
+    scored = iter(map(len, rows))
+    scored_lengths = [[next(scored) for _ in group.completion_ids] for group in groups]
+    pieces = cut_completions(scored_lengths, [group.comparisons for group in groups]) if cut else None
+    score_layout = ScoreLayout.build(scored_lengths if pieces is None else pieces.lengths)
     return PackedBatch(
         **body,
+        scores=GatherPlan.build(np.concatenate(rows)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        score_layout=score_layout,
+        pieces=None if pieces is None else pieces.index,
+        cuts=None if pieces is None else pieces.cuts,
         completion_lengths=torch.tensor(lengths, dtype=torch.int64),
         completion_groups=torch.arange(len(groups)).repeat_interleave(torch.tensor(counts)),
         completion_scores=_joined(groups, "completion_scores", counts, missing=math.nan),
@@ -178,8 +205,22 @@ def pack(
         comparison_offsets=_joined(
             groups, "comparison_offsets", [len(group.comparisons) for group in groups], missing=0.0
         ),
-        ref_logps=_joined(groups, "ref_logps", counts, missing=math.nan),
+        ref_logps=_joined(groups, "ref_logps", counts, missing=math.nan)
+        if pieces is None
+        else _ref_piece_logps(groups, score_layout, pieces),
     )
+
+
+def _ref_piece_logps(groups: Sequence[PreferenceGroup], layout: ScoreLayout, pieces: Pieces) -> Tensor | None:
+    """Sums of the reference's token log-probs over pieces, fp32 [S, J]; None where no group has them."""
+    if groups[0].ref_token_logps is None:
+        return None
+    tokens = [np.asarray(logps, np.float64) for group in groups for logps in group.ref_token_logps]
+    tokens = np.concatenate(tokens)
+    if len(tokens) != layout.num_rows:
+        raise ValueError(f"groups: ref_token_logps hold {len(tokens)} numbers for {layout.num_rows} scored tokens")
+    sums = np.add.reduceat(tokens, layout.host_cu_scores[:-1].numpy())
+    return by_completion(torch.from_numpy(sums).float(), pieces.index)
 
 
 def _joined(groups: Sequence[PreferenceGroup], field: str, counts: Sequence[int], missing: float) -> Tensor | None:
@@ -200,7 +241,10 @@ def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:
     return rows * max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
 
 
-def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
+Body = tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]  # fields of the batch; score rows, their targets
+
+
+def _shared_body(groups: Sequence[PreferenceGroup]) -> Body:
     ids, positions, rows, targets = [], [], [], []
     start = 0
     for group in groups:
@@ -221,17 +265,17 @@ def _shared_body(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
             targets.append(completion[first:])
             start += len(completion)
     lengths = [(len(group.prompt_ids), *map(len, group.completion_ids)) for group in groups]
-    return {
+    body = {
         "input_ids": torch.from_numpy(np.concatenate(ids))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         "prefix": PrefixLayout.build(lengths),
         "attention_mask": None,
         "num_tokens": start,
-        **_scores(groups, rows, targets),
     }
+    return body, rows, targets
 
 
-def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> dict[str, Any]:
+def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> Body:
     sequences = [
         (len(group.prompt_ids), context, np.asarray([*group.prompt_ids, *completion], np.int64))
         for group in groups
@@ -247,25 +291,16 @@ def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> dict[s
         first = prompt_length + _first_scored(prompt_length, context)
         rows.append(np.arange(first - 1, len(ids) - 1) + row * width)
         targets.append(ids[first:])
-    return {
+    body = {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.arange(width).expand(len(sequences), width).contiguous(),
         "prefix": None,
         "attention_mask": torch.from_numpy(mask),
         "num_tokens": int(mask.sum()),
-        **_scores(groups, rows, targets),
     }
+    return body, rows, targets
 
 
 def _first_scored(prompt_length: int, context: int) -> int:
     """Index of a completion's first scored token: nothing predicts the very first token of a sequence."""
     return max(context, 0 if prompt_length else 1)
-
-
-def _scores(groups: Sequence[PreferenceGroup], rows: list[np.ndarray], targets: list[np.ndarray]) -> dict[str, Any]:
-    counts = map(len, rows)
-    return {
-        "scores": GatherPlan.build(np.concatenate(rows)),
-        "targets": torch.from_numpy(np.concatenate(targets)),
-        "score_layout": ScoreLayout.build([[next(counts) for _ in group.completion_ids] for group in groups]),
-    }

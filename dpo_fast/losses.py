@@ -33,6 +33,8 @@ class Comparisons:
             means independent of how the step is cut into micro-batches.
         offsets: the margin that each comparison should have at least, fp32 [C]; None for none.
         winners: which completion wins, int64 [C]; None where every comparison has a winner of its own.
+        whole_winner_logps: ℓ_w with all tokens alike, fp32 [C], where winner_logps weighs some less (LD-DPO).
+        weights: how much each comparison counts in the mean over the step, fp32 [C]; None for all alike.
     """
 
     winner_logps: Tensor
@@ -44,6 +46,12 @@ class Comparisons:
     mean_winner_tokens: Tensor
     offsets: Tensor | None = None
     winners: Tensor | None = None
+    whole_winner_logps: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def winner_log_likelihoods(self) -> Tensor:
+        return self.winner_logps if self.whole_winner_logps is None else self.whole_winner_logps
 
     @property
     def winner_ratios(self) -> Tensor:
@@ -222,12 +230,12 @@ def aot_unpaired(c: Comparisons, p: LossParameters) -> Tensor:
 
 def sft(c: Comparisons, p: LossParameters) -> Tensor:
     """Negative log-likelihood of the winners; over a step, the mean over their tokens: −ℓ_w / mean(n_w)."""
-    return -c.winner_logps / c.mean_winner_tokens
+    return -c.winner_log_likelihoods / c.mean_winner_tokens
 
 
 def nll(c: Comparisons, p: LossParameters) -> Tensor:
     """Mean negative log-likelihood of a winner's tokens, −ℓ_w/n_w: the term that RPO adds (arXiv 2404.19733, eq. 2)."""
-    return -c.winner_logps / c.winner_lengths.clamp(min=1)
+    return -c.winner_log_likelihoods / c.winner_lengths.clamp(min=1)
 
 
 def simpo(c: Comparisons, p: LossParameters) -> Tensor:
@@ -323,61 +331,6 @@ def preference_loss(
 ) -> Tensor:
     """Weighted sum of the losses named in `types`, one value a comparison: [C]."""
     return sum(weight * LOSSES[name](comparisons, parameters) for name, weight in zip(types, weights, strict=True))
-
-
-def batch_loss(
-    logps: Tensor,  # ℓ, fp32 [S]
-    ref_logps: Tensor,  # ℓ_ref, fp32 [S]
-    lengths: Tensor,  # n, int64 [S]
-    comparisons: Tensor,  # int64 [C, 2], (winner, loser)
-    comparison_weights: Tensor,  # fp32 [C]
-    comparison_offsets: Tensor,  # fp32 [C]
-    totals: Tensor,  # fp32 [2], sums over the optimizer step of the weights, and of them times the winner's tokens
-    *,
-    types: Sequence[str],
-    weights: Sequence[float],
-    parameters: LossParameters,
-) -> Tensor:
-    """A batch's share of the optimizer step's loss, the weighted mean over its comparisons: a scalar."""
-    winners, losers = comparisons.unbind(1)
-    losses = preference_loss(
-        Comparisons(
-            winner_logps=logps[winners],
-            loser_logps=logps[losers],
-            winner_ref_logps=ref_logps[winners],
-            loser_ref_logps=ref_logps[losers],
-            winner_lengths=lengths[winners],
-            loser_lengths=lengths[losers],
-            mean_winner_tokens=totals[1] / totals[0],
-            offsets=comparison_offsets,
-            winners=winners,
-        ),
-        types,
-        weights,
-        parameters,
-    )
-    return (losses * comparison_weights).sum() / totals[0]
-
-
-def weighted_batch_loss(
-    logps: Tensor,  # ℓ, fp32 [S]
-    log_sum_sq_probs: Tensor,  # Σ_t log Σ_v p_v², fp32 [S]
-    ref_logps: Tensor,
-    lengths: Tensor,
-    comparisons: Tensor,
-    comparison_weights: Tensor,
-    comparison_offsets: Tensor,
-    totals: Tensor,
-    **options,
-) -> Tensor:
-    """`batch_loss` with the weights of WPO (arXiv 2406.11827, eq. 2): what the policy itself would write counts more.
-
-    A comparison weighs w_w·w_l with w = exp(mean_t[logp_t − log Σ_v p_v²]), of no gradient.
-    """
-    with torch.no_grad():
-        likelihood = torch.exp((logps - log_sum_sq_probs) / lengths.clamp(min=1))
-        comparison_weights = comparison_weights * likelihood[comparisons].prod(dim=1)
-    return batch_loss(logps, ref_logps, lengths, comparisons, comparison_weights, comparison_offsets, totals, **options)
 
 
 def dpo_loss(

@@ -14,12 +14,14 @@ from torch import Tensor
 from dpo_fast.forward import PackedOutput
 from dpo_fast.group_metrics import group_metrics
 from dpo_fast.groups import PackedBatch
+from dpo_fast.losses import Comparisons
 
 
 def batch_metrics(
     output: PackedOutput,
     packed: PackedBatch,
-    rewards: Tensor,  # [S]
+    comparisons: Comparisons,
+    beta: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(numerator, denominator) of every metric over one pack; numerators and denominators of packs add up.
 
@@ -30,24 +32,24 @@ def batch_metrics(
     winners, losers = packed.comparisons.unbind(1)
     weights = packed.comparison_weights
     total = weights.sum()
-    margins = rewards[winners] - rewards[losers]
+    chosen, rejected = beta * comparisons.winner_ratios, beta * comparisons.loser_ratios
+    margins = chosen - rejected
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return (values * weights).sum(), total
 
     metrics = {
-        "rewards/chosen": mean(rewards[winners]),
-        "rewards/rejected": mean(rewards[losers]),
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
         "rewards/accuracies": mean((margins > 0).float()),
         "rewards/margins": mean(margins),
-        "logps/chosen": mean(output.logps[winners]),
-        "logps/rejected": mean(output.logps[losers]),
+        "logps/chosen": mean(comparisons.winner_logps),
+        "logps/rejected": mean(comparisons.loser_logps),
     }
     if output.entropy is not None:
-        offsets = packed.cu_scores
-        tokens = offsets.diff().float()
-        logits = _sequence_sums(output.mean_logit, offsets)
-        top1 = _sequence_sums(output.is_top1.float(), offsets)
+        tokens = packed.completion_sums(packed.cu_scores.diff()).float()
+        logits = _completion_sums(output.mean_logit, packed)
+        top1 = _completion_sums(output.is_top1.float(), packed)
 
         def token_mean(sums: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
             return (sums[side] * weights).sum(), (tokens[side] * weights).sum()
@@ -59,14 +61,18 @@ def batch_metrics(
             "mean_token_accuracy": token_mean(top1, winners),
         }
     if packed.completion_scores is not None:
+        rewards = packed.completion_sums(output.logps)
+        if packed.ref_logps is not None:
+            rewards = rewards - packed.ref_logps.reshape(len(rewards), -1).sum(dim=1)
         metrics |= group_metrics(rewards, packed.completion_scores, packed.completion_groups)
     if output.aux_loss is not None:
         metrics["aux_loss"] = (output.aux_loss, torch.ones_like(output.aux_loss))
     return {name: (numerator.detach(), denominator) for name, (numerator, denominator) in metrics.items()}
 
 
-def _sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+def _completion_sums(values: Tensor, packed: PackedBatch) -> Tensor:
+    """Sums over the score rows of each completion: [N] → [S]."""
+    return packed.completion_sums(torch.segment_reduce(values, "sum", offsets=packed.cu_scores, unsafe=True))
 
 
 class MetricAccumulator:

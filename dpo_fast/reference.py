@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +146,14 @@ class ReferenceStore:
         if len(self._pending) >= ROWS_PER_PART or time.monotonic() - self._last_flush > SECONDS_PER_PART:
             self.flush()
 
+    def token_logps(self) -> dict[bytes, np.ndarray]:
+        """Token log-probs of all rows on disk, by completion key."""
+        rows: dict[bytes, np.ndarray] = {}
+        for part in sorted(self.folder.glob("part-*.parquet")):
+            table = pq.read_table(part, columns=["key", "token_logps"])
+            rows.update(zip(table["key"].to_pylist(), table["token_logps"].to_pylist(), strict=True))
+        return rows
+
     def flush(self) -> None:
         """Writes what was added since the last part."""
         self._last_flush = time.monotonic()
@@ -178,15 +187,19 @@ def with_reference_logps(
     *,
     layout: Layout,
     max_tokens: int | None = None,
+    column: Literal["ref_logps", "ref_token_logps"] = "ref_logps",
     name: str = "train",
 ) -> Dataset:
-    """Adds the column `ref_logps` to a tokenised dataset; only completions that `store` lacks are run.
+    """Adds reference log-probs, of completions or of all their tokens, to a tokenised dataset.
+
+    Only completions that `store` lacks are run.
 
     Args:
         dataset: columns named as the attributes of `PreferenceGroup`.
         score: runs the reference on a packed batch (on the host) and returns its token log-probs [N], without gradient.
         layout: of the packed batches.
         max_tokens: bound on the packed tokens of a forward pass, 8192 unless given.
+        column: which to add.
         name: of the dataset, for the progress bar.
     """
     groups = [PreferenceGroup.from_row(row) for row in dataset.remove_columns(_without(dataset, "ref_logps"))]
@@ -212,7 +225,8 @@ def with_reference_logps(
                     store.add(key, piece.numpy())
             progress.update(len(batch))
     store.flush()
-    return dataset.add_column("ref_logps", [[store.logps[key] for key in row] for row in keys])
+    known = store.logps if column == "ref_logps" else store.token_logps()
+    return dataset.add_column(column, [[known[key] for key in row] for row in keys])
 
 
 def _without(dataset: Dataset, column: str) -> list[str]:

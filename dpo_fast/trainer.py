@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -44,12 +43,11 @@ from dpo_fast.losses import (
     REFERENCE_FREE,
     WITH_OFFSETS,
     LossParameters,
-    batch_loss,
     heeds,
-    weighted_batch_loss,
 )
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
+from dpo_fast.objective import Objective
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
 from dpo_fast_kernels import SequenceLoss, attention_backend
 
@@ -127,6 +125,7 @@ class DPOTrainer(Trainer):
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self._reference_free = set(args.loss_mix) <= set(REFERENCE_FREE)
+        self._reference_column = "ref_logps" if args.ld_alpha is None else "ref_token_logps"
         if self._reference_free and ref_model is not None:
             raise ValueError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
         self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
@@ -141,7 +140,12 @@ class DPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator
-            or DPOCollator(self.layout, args.max_tokens_per_micro_batch, processing_class.pad_token_id),
+            or DPOCollator(
+                self.layout,
+                args.max_tokens_per_micro_batch,
+                processing_class.pad_token_id,
+                cut=args.ld_alpha is not None,
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -156,15 +160,8 @@ class DPOTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
         parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
-        self._loss = SequenceLoss(
-            functools.partial(
-                weighted_batch_loss if args.use_weighting else batch_loss,
-                types=list(args.loss_mix),
-                weights=list(args.loss_mix.values()),
-                parameters=parameters,
-            ),
-            statistics=("log_sum_sq_probs",) if args.use_weighting else (),
-        )
+        self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha)
+        self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._new_tokens = 0
@@ -202,8 +199,14 @@ class DPOTrainer(Trainer):
 
     def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
         """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
-        if "ref_logps" in dataset.column_names or self._reference_free:
+        if self._reference_column in dataset.column_names or self._reference_free:
             return dataset
+        if "ref_logps" in dataset.column_names:
+            raise ValueError(
+                f"ref_chosen_logps: the {name} dataset has sums of reference log-probs, and ld_alpha="
+                f"{self.args.ld_alpha} needs those of every token; drop ref_chosen_logps and ref_rejected_logps, and "
+                "they are computed"
+            )
         if self.reference_store is None:
             self.reference_store = self._open_store(ref_model)
         model = self.model if ref_model is None else ref_model.to(self.args.device)
@@ -225,6 +228,7 @@ class DPOTrainer(Trainer):
                 score,
                 layout=self.layout,
                 max_tokens=self.args.max_tokens_per_micro_batch,
+                column=self._reference_column,
                 name=name,
             )
         model.train(was_training)
@@ -287,8 +291,7 @@ class DPOTrainer(Trainer):
         model = self.model_wrapped.train()
         with torch.no_grad(), self.accelerator.autocast():
             logps = [model(packed=packed).logps for packed in packs]
-        ref_logps = [self._ref_logps(packed) for packed in packs]
-        coefficients = iter(step_coefficients(packs, logps, ref_logps, totals, self._loss, accelerator))
+        coefficients = iter(step_coefficients(packs, logps, totals, self._objective, accelerator))
         for batch in batches:
             batch["coefficients"] = [next(coefficients) for _ in batch["packs"]]
 
@@ -335,9 +338,8 @@ class DPOTrainer(Trainer):
                 loss = loss + self._aux_loss_weight * share * output.aux_loss
             outputs.append((packed, output))
         if self._coupled and coefficients[0] is None:
-            ref_logps = [self._ref_logps(packed) for packed in packs]
-            loss = loss + step_loss(packs, [output.logps for _, output in outputs], ref_logps, totals, self._loss)
-        rewards = [(packed, self._record(output, packed)) for packed, output in outputs]
+            loss = loss + step_loss(packs, [output.logps for _, output in outputs], totals, self._objective)
+        rewards = [(packed, self._record(output, packed, totals)) for packed, output in outputs]
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # engines average over ranks, the totals are sums over ranks
         return (loss, rewards) if return_outputs else loss
@@ -348,19 +350,14 @@ class DPOTrainer(Trainer):
             return {"loss": self._surrogate, "loss_inputs": (coefficients.gradient, coefficients.share)}
         if self._coupled:
             return {}
-        inputs = (packed.completion_lengths, packed.comparisons, packed.comparison_weights, packed.offsets)
-        return {"loss": self._loss, "loss_inputs": (self._ref_logps(packed), *inputs, totals)}
+        return {"loss": self._loss, "loss_inputs": self._objective.inputs(packed, totals)}
 
-    def _ref_logps(self, packed: PackedBatch) -> Tensor:
-        if packed.ref_logps is None:
-            return torch.zeros(len(packed.completion_lengths), device=self.args.device)
-        return packed.ref_logps
-
-    def _record(self, output: PackedOutput, packed: PackedBatch) -> Tensor:
-        rewards = self.args.beta * (output.logps.detach() - self._ref_logps(packed))
+    def _record(self, output: PackedOutput, packed: PackedBatch, totals: Tensor) -> Tensor:
+        """Adds the metrics of a pack; returns the rewards of winner and loser, [C, 2]."""
+        compared = self._objective.compare(output.logps.detach(), *self._objective.inputs(packed, totals))
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode].add(batch_metrics(output, packed, rewards))
-        return rewards
+        self._metrics[mode].add(batch_metrics(output, packed, compared, self.args.beta))
+        return self.args.beta * torch.stack([compared.winner_ratios, compared.loser_ratios], dim=1)
 
     # ---- evaluation, logging ----
 
@@ -370,7 +367,7 @@ class DPOTrainer(Trainer):
         self._metrics["eval"].end_batch()
         if prediction_loss_only:
             return loss, None, None
-        rewards = torch.cat([rewards[packed.comparisons] for packed, rewards in outputs])
+        rewards = torch.cat([rewards for _, rewards in outputs])
         return loss, rewards, torch.cat([packed.comparison_weights for packed, _ in outputs])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -386,13 +383,13 @@ class DPOTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepare_held_out(self, dataset: Dataset, name: str) -> Dataset:
-        if "ref_logps" in dataset.column_names:
+        if self._reference_column in dataset.column_names:
             return dataset
         dataset = self._tokenized(dataset, name)
         if self._reference_free:
             return dataset
         gone = self._own_reference or (self.state.global_step and not self._new_adapter)
-        if gone and "ref_logps" not in dataset.column_names:
+        if gone and self._reference_column not in dataset.column_names:
             reference = "ref_model" if self._own_reference else "the policy before training"
             raise ValueError(
                 f"eval_dataset {name!r} has no reference log-probs, and the reference ({reference}) is not kept; give "

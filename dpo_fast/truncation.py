@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,9 @@ NO_WEIGHT = "no weight"
 STAYS = ", in a group that stays"
 
 FIELDS = tuple(field.name for field in fields(PreferenceGroup))
-OPTIONAL_FIELDS = ("ref_logps", "comparison_offsets", "completion_scores")  # in all rows of a dataset, or in none
+REFERENCE_FIELDS = {"ref_logps", "ref_token_logps"}
+# In all rows of a dataset, or in none.
+OPTIONAL_FIELDS = (*sorted(REFERENCE_FIELDS), "comparison_offsets", "completion_scores")
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
 CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(groups.__file__).read_bytes()).hexdigest()
 
@@ -63,11 +66,13 @@ def _check(group: PreferenceGroup, where: str) -> None:
         ("context_lengths", count, "completions"),
         ("ref_logps", count, "completions"),
         ("completion_scores", count, "completions"),
+        ("ref_token_logps", count, "completions"),
     ):
         values = getattr(group, column)
         if values is not None and len(values) != needed:
             raise ValueError(f"{where}: column {column!r} holds {len(values)} for {needed} {what}; give one for each")
-        if values is not None and not all(map(is_finite, values)):
+        flat = chain(*values) if column == "ref_token_logps" and values is not None else values
+        if flat is not None and not all(map(is_finite, flat)):
             raise ValueError(f"{where}: column {column!r}: expected finite numbers, got {values}")
     if any(weight < 0 for weight in group.comparison_weights):
         raise ValueError(
@@ -151,8 +156,11 @@ def keep_signal(group: PreferenceGroup) -> tuple[PreferenceGroup, list[int], lis
         completion_ids=[group.completion_ids[k] for k in used],
         comparisons=[(place[winner], place[loser]) for winner, loser in group.comparisons],
         context_lengths=[group.contexts[k] for k in used],
-        ref_logps=None if group.ref_logps is None else [group.ref_logps[k] for k in used],
-        completion_scores=None if group.completion_scores is None else [group.completion_scores[k] for k in used],
+        **{
+            field: [values[k] for k in used]
+            for field in (*REFERENCE_FIELDS, "completion_scores")
+            if (values := getattr(group, field)) is not None
+        },
     )
     return group, used, reasons
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 
@@ -11,12 +10,11 @@ import torch
 
 from dpo_fast.coupling import step_coefficients, step_loss, surrogate
 from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
-from dpo_fast.losses import LossParameters, batch_loss
+from dpo_fast.losses import LossParameters
+from dpo_fast.objective import Objective
 from interpreting import environment
 
-LOSS = functools.partial(
-    batch_loss, types=["aot", "aot_unpaired", "sft"], weights=[1.0, 0.5, 0.1], parameters=LossParameters(0.7)
-)
+OBJECTIVE = Objective({"aot": 1.0, "aot_unpaired": 0.5, "plackett_luce": 0.3, "sft": 0.1}, LossParameters(0.7))
 TOTALS = torch.tensor([8.0, 30.0])
 
 
@@ -40,18 +38,15 @@ def log_probs(packed: list[PackedBatch]) -> list[torch.Tensor]:
 def test_the_surrogate_has_the_value_and_the_gradient_of_the_loss():
     all_packs = packs()
     logps = [part.requires_grad_() for part in log_probs(all_packs)]
-    references = [part.ref_logps for part in all_packs]
-    value = step_loss(all_packs, logps, references, TOTALS, LOSS)
+    value = step_loss(all_packs, logps, TOTALS, OBJECTIVE)
     expected = torch.autograd.grad(value, logps)
-    coefficients = step_coefficients(all_packs, logps, references, TOTALS, LOSS)
+    coefficients = step_coefficients(all_packs, logps, TOTALS, OBJECTIVE)
     parts = [surrogate(part, c.gradient, c.share) for part, c in zip(logps, coefficients, strict=True)]
     assert sum(parts).item() == pytest.approx(value.item(), rel=1e-6)
     for one, other in zip(torch.autograd.grad(sum(parts), logps), expected, strict=True):
         assert torch.equal(one, other)
     order = [2, 0, 1]
-    moved = step_coefficients(
-        [all_packs[i] for i in order], [logps[i] for i in order], [references[i] for i in order], TOTALS, LOSS
-    )
+    moved = step_coefficients([all_packs[i] for i in order], [logps[i] for i in order], TOTALS, OBJECTIVE)
     for index, c in zip(order, moved, strict=True):
         assert torch.allclose(c.gradient, expected[index], rtol=1e-6)
 
@@ -62,10 +57,10 @@ def on_two_ranks() -> None:
 
     accelerator = Accelerator(cpu=True)
     all_packs = packs()
-    logps, references = log_probs(all_packs), [part.ref_logps for part in all_packs]
-    whole = step_coefficients(all_packs, logps, references, TOTALS, LOSS)
+    logps = log_probs(all_packs)
+    whole = step_coefficients(all_packs, logps, TOTALS, OBJECTIVE)
     mine = slice(0, 1) if accelerator.process_index == 0 else slice(1, 3)
-    found = step_coefficients(all_packs[mine], logps[mine], references[mine], TOTALS, LOSS, accelerator)
+    found = step_coefficients(all_packs[mine], logps[mine], TOTALS, OBJECTIVE, accelerator)
     for c, expected in zip(found, whole[mine], strict=True):
         assert torch.allclose(c.gradient, expected.gradient, rtol=1e-5, atol=1e-8)
     share = accelerator.gather(torch.stack([c.share for c in found]).sum()[None]).sum()

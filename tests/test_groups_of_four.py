@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import combinations
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from dpo_fast.attention import use_shared_prefix
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import PreferenceGroup, pack
-from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, LossParameters, batch_loss
+from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, LossParameters
+from dpo_fast.objective import Objective
 from dpo_fast_kernels import SequenceLoss
 from families import tiny_model
 from test_forward import random_ids
@@ -43,20 +43,12 @@ def as_pairs(group: PreferenceGroup) -> list[PreferenceGroup]:
 def solve(model, groups: list[PreferenceGroup], name: str) -> dict[str, torch.Tensor]:
     packed = pack(groups)
     parameters = LossParameters(beta=0.3, label_smoothing=0.1 if name in SMOOTHED else 0.0)
-    loss = SequenceLoss(functools.partial(batch_loss, types=[name], weights=[1.0], parameters=parameters))
+    objective = Objective({name: 1.0}, parameters)
     weights = packed.comparison_weights
     winner_tokens = packed.completion_lengths[packed.comparisons[:, 0]]
     totals = torch.stack([weights.sum(), (weights * winner_tokens).sum()])
-    inputs = (
-        packed.ref_logps,
-        packed.completion_lengths,
-        packed.comparisons,
-        weights,
-        torch.zeros_like(weights),
-        totals,
-    )
     model.zero_grad()
-    output = model(packed=packed, loss=loss, loss_inputs=inputs)
+    output = model(packed=packed, loss=SequenceLoss(objective), loss_inputs=objective.inputs(packed, totals))
     output.loss.backward()
     return {"loss": output.loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 

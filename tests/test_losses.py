@@ -17,11 +17,9 @@ from dpo_fast.losses import (
     WITH_OFFSETS,
     Comparisons,
     LossParameters,
-    batch_loss,
     dpo_loss,
     named_loss,
     preference_loss,
-    weighted_batch_loss,
 )
 
 
@@ -219,23 +217,6 @@ def test_large_margins_stay_finite(name, divergence, margin):
     values = LOSSES[name](huge, parameters(name, f_divergence_type=divergence))
     (gradient,) = torch.autograd.grad(values.sum(), winner)
     assert torch.isfinite(values).all() and torch.isfinite(gradient).all()
-
-
-def test_weights_of_wpo_by_hand():
-    """Two pairs; the first one's tokens are as likely as two draws that agree, so it weighs 1."""
-    logps = torch.tensor([-2.0, -3.0, -4.0, -5.0], dtype=torch.float64, requires_grad=True)
-    squares = torch.tensor([-2.0, -3.0, -3.0, -5.0], dtype=torch.float64)
-    lengths, pairs = torch.tensor([1, 2, 2, 4]), torch.tensor([[0, 1], [2, 3]])
-    ref, weights, totals = torch.zeros(4).double(), torch.tensor([1.0, 3.0]).double(), torch.tensor([4.0, 9.0])
-    options = {"types": ["sigmoid"], "weights": [1.0], "parameters": LossParameters(0.5)}
-    offsets = torch.zeros(2)
-    value = weighted_batch_loss(logps, squares, ref, lengths, pairs, weights, offsets, totals, **options)
-    expected = (-log_sigmoid(0.5) - 3 * math.exp(-0.5) * log_sigmoid(0.5)) / 4
-    assert value.item() == pytest.approx(expected, rel=1e-12)
-    weights = weights * torch.tensor([1.0, math.exp(-0.5)])
-    plain = batch_loss(logps, ref, lengths, pairs, weights, offsets, totals, **options)
-    gradients = [torch.autograd.grad(loss, logps)[0] for loss in (value, plain)]
-    assert torch.allclose(*gradients, rtol=1e-6), "the weights carry no gradient"
 
 
 @pytest.mark.parametrize("name", LOSSES)
