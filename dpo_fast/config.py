@@ -166,7 +166,7 @@ class DPOConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Probability that a preference label is flipped, in [0, 0.5). Means something to the losses "
-            "sigmoid, sigmoid_norm, simpo, cpo, robust, aot, aot_unpaired and exo_pair, which needs it above 0."
+            f"{', '.join(name for name in SMOOTHED if name != 'exo_pair')} and exo_pair, which needs it above 0."
         },
     )
     f_divergence_type: FDivergence = field(
@@ -197,8 +197,8 @@ class DPOConfig(TrainingArguments):
     couple: CoupleChoice = field(
         default="step",
         metadata={
-            "help": "What aot and aot_unpaired sort together: the comparisons of the whole optimizer step, over "
-            "micro-batches and ranks, or those of a 'micro_batch', as TRL does."
+            "help": "What aot and aot_unpaired sort together, and beta_dpo takes the mean of: the comparisons of the "
+            "whole optimizer step, over micro-batches and ranks, or those of a 'micro_batch', as TRL does."
         },
     )
     rpo_alpha: float | None = field(
@@ -208,6 +208,10 @@ class DPOConfig(TrainingArguments):
     simpo_gamma: float = field(
         default=0.5,
         metadata={"help": "Margin γ of the loss simpo, which the paper uses with a beta of 2 to 2.5."},
+    )
+    beta_dpo_alpha: float = field(
+        default=0.6,
+        metadata={"help": "How far β of the loss beta_dpo follows a step's margins, 0 or more; 0 leaves it at beta."},
     )
     discopop_tau: float = field(
         default=0.05,
@@ -289,7 +293,7 @@ class DPOConfig(TrainingArguments):
                 )
             if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.loss_weights):
                 raise ValueError(f"loss_weights={self.loss_weights!r} must be finite numbers; correct the odd one out.")
-        for name in ("rpo_alpha", "simpo_gamma"):
+        for name in ("rpo_alpha", "simpo_gamma", "beta_dpo_alpha"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
                 raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
@@ -310,8 +314,8 @@ class DPOConfig(TrainingArguments):
             )
         if self.use_weighting and set(self.loss_type) & set(COUPLED):
             raise ValueError(
-                f"use_weighting=True has no pair to weigh in {list(COUPLED)}, which sort both sides apart; "
-                f"turn it off, or leave them out of loss_type={self.loss_type}."
+                f"use_weighting=True does not go with {list(COUPLED)}, which look at a whole step before its pairs can "
+                f"be weighed; turn it off, or leave them out of loss_type={self.loss_type}."
             )
         if "aot" in self.loss_type and self.f_divergence_type != "reverse_kl":
             raise ValueError(

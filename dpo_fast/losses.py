@@ -35,6 +35,7 @@ class Comparisons:
         winners: which completion wins, int64 [C]; None where every comparison has a winner of its own.
         whole_winner_logps: ℓ_w with all tokens alike, fp32 [C], where winner_logps weighs some less (LD-DPO).
         weights: how much each comparison counts in the mean over the step, fp32 [C]; None for all alike.
+        mean_margin: running mean of βΔ over the steps before, a scalar; None before the first.
     """
 
     winner_logps: Tensor
@@ -48,6 +49,7 @@ class Comparisons:
     winners: Tensor | None = None
     whole_winner_logps: Tensor | None = None
     weights: Tensor | None = None
+    mean_margin: Tensor | None = None
 
     @property
     def winner_log_likelihoods(self) -> Tensor:
@@ -76,6 +78,7 @@ class LossParameters:
         f_alpha_divergence_coef: α of the α-divergence; 1 is the reverse KL.
         discopop_tau: τ of `discopop`.
         simpo_gamma: γ of `simpo`, the margin that winners are to have.
+        beta_dpo_alpha: α of `beta_dpo`, how far β follows the margins; 0 is `sigmoid`.
     """
 
     beta: float = 0.1
@@ -84,6 +87,7 @@ class LossParameters:
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
+    beta_dpo_alpha: float = 0.6
 
 
 Loss = Callable[[Comparisons, LossParameters], Tensor]
@@ -228,6 +232,20 @@ def aot_unpaired(c: Comparisons, p: LossParameters) -> Tensor:
     return _smoothed_logistic(p.beta * (winners - losers), p)
 
 
+def beta_dpo(c: Comparisons, p: LossParameters) -> Tensor:
+    """β-DPO (arXiv 2407.08639), its batch-level β: `sigmoid` with β′ = [1 + α(M − M₀)]β in place of β.
+
+    M is the step's mean of βΔ, without gradient, and M₀ that of the steps before. β′ is kept above β/100, as a step far
+    below M₀ would turn the preference around. It couples the whole step.
+    """
+    delta = _delta(c, p)
+    margins = p.beta * delta.detach()
+    weights = torch.ones_like(margins) if c.weights is None else c.weights.to(margins.dtype)
+    excess = (margins * weights).sum() / weights.sum() - (0.0 if c.mean_margin is None else c.mean_margin)
+    logits = p.beta * (1 + p.beta_dpo_alpha * excess).clamp(min=0.01) * delta
+    return _smoothed_logistic(logits, p)
+
+
 def sft(c: Comparisons, p: LossParameters) -> Tensor:
     """Negative log-likelihood of the winners; over a step, the mean over their tokens: −ℓ_w / mean(n_w)."""
     return -c.winner_log_likelihoods / c.mean_winner_tokens
@@ -277,6 +295,7 @@ LOSSES: dict[str, Loss] = {
     "apo_down": apo_down,
     "discopop": discopop,
     "plackett_luce": plackett_luce,
+    "beta_dpo": beta_dpo,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
     "sft": sft,
@@ -285,12 +304,14 @@ LOSSES: dict[str, Loss] = {
     "cpo": cpo,
     "orpo": orpo,
 }
-COUPLED = ("aot", "aot_unpaired")  # the losses of a comparison that depend on all others of the step
+SORTED = ("aot", "aot_unpaired")  # the losses that sort winners and losers apart
+COUPLED = ("beta_dpo", *SORTED)  # the losses of a comparison that depend on all others of the step
 REFERENCE_FREE = ("nll", "simpo", "cpo", "orpo")  # the losses that look at no reference log-prob
 WITH_OFFSETS = ("sigmoid", "hinge", "exo_pair", "robust", "discopop", "plackett_luce")  # those that heed `offsets`
 WITH_LENGTHS = ("sigmoid_norm", "ipo", "sft", "nll", "simpo", "cpo", "orpo")  # those that count tokens
 SMOOTHED = (
     "sigmoid",
+    "beta_dpo",
     "sigmoid_norm",
     "exo_pair",
     "robust",
@@ -363,7 +384,8 @@ def dpo_loss(
         Losses [B], differentiable, and the rewards β(ℓ − ℓ_ref) of chosen and rejected [B], without gradient.
 
     Raises:
-        ValueError: an unknown loss, lengths that are missing, or shapes that differ.
+        ValueError: an unknown loss, lengths that are missing, shapes that differ, or an argument that means nothing to
+            the loss.
     """
     name = named_loss(loss_type)
     tensors = {
@@ -374,6 +396,10 @@ def dpo_loss(
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
     }
+    if label_smoothing and not heeds(name, SMOOTHED):
+        raise ValueError(
+            f"label_smoothing={label_smoothing} means nothing to {name}; set it to 0, or choose from {list(SMOOTHED)}"
+        )
     if offsets is not None and not heeds(name, WITH_OFFSETS):
         raise ValueError(f"offsets mean nothing to {name}; leave them out, or choose from {list(WITH_OFFSETS)}")
     for argument, tensor in {**tensors, "offsets": offsets}.items():

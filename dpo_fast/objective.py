@@ -32,12 +32,14 @@ class Objective:
         parameters: what the losses are tuned by.
         use_weighting: whether a comparison also weighs by how likely the policy is to write its completions (WPO).
         ld_alpha: α of LD-DPO; the packed batches must be cut into pieces then.
+        mean_margin: running mean of the margins βΔ of steps before, a scalar that may change in place; for β-DPO.
     """
 
     mix: Mapping[str, float]
     parameters: LossParameters = LossParameters()
     use_weighting: bool = False
     ld_alpha: float | None = None
+    mean_margin: Tensor | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ class Objective:
             winners=winners,
             whole_winner_logps=whole,
             weights=weights,
+            mean_margin=self.mean_margin,
         )
 
     def mean(

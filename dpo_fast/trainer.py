@@ -25,8 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dpo_fast.cache_dir import cache_dir
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
@@ -41,6 +43,7 @@ from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.losses import (
     COUPLED,
     REFERENCE_FREE,
+    SORTED,
     WITH_OFFSETS,
     LossParameters,
     heeds,
@@ -49,6 +52,7 @@ from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.objective import Objective
 from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
+from dpo_fast.running_margin import RunningMargin
 from dpo_fast_kernels import SequenceLoss, attention_backend
 
 logger = logging.getLogger(__name__)
@@ -160,7 +164,9 @@ class DPOTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
         parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
-        self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha)
+        self._running_margin = RunningMargin(args.device) if "beta_dpo" in args.loss_mix else None
+        mean_margin = None if self._running_margin is None else self._running_margin.mean
+        self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
         self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
@@ -267,6 +273,8 @@ class DPOTrainer(Trainer):
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
             check_checkpoint(self.accelerator.unwrap_model(self.model), folder)
+            if self._running_margin is not None:
+                self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)))
         return super().train(folder, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -309,6 +317,8 @@ class DPOTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         self._metrics["train"].end_batch()
+        if self._running_margin is not None and self.accelerator.sync_gradients:
+            self._running_margin.end_step(self.accelerator.reduce)
         self._new_tokens += sum(packed.num_tokens for packed in packs)
         return loss
 
@@ -357,7 +367,10 @@ class DPOTrainer(Trainer):
         compared = self._objective.compare(output.logps.detach(), *self._objective.inputs(packed, totals))
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].add(batch_metrics(output, packed, compared, self.args.beta))
-        return self.args.beta * torch.stack([compared.winner_ratios, compared.loser_ratios], dim=1)
+        rewards = self.args.beta * torch.stack([compared.winner_ratios, compared.loser_ratios], dim=1)
+        if mode == "train" and self._running_margin is not None:
+            self._running_margin.add((-rewards.diff(dim=1)[:, 0] * packed.comparison_weights).sum() / totals[0])
+        return rewards
 
     # ---- evaluation, logging ----
 
@@ -414,6 +427,8 @@ class DPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         self._count_tokens()
+        if self._running_margin is not None:
+            self._running_margin.save(self.state)
         super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -440,11 +455,11 @@ def _check_loss_fits(losses: Collection[str], dataset: Dataset, name: str) -> No
             f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
             f"column, or choose from {list(WITH_OFFSETS)}"
         )
-    if set(losses) & set(COUPLED):
+    if set(losses) & set(SORTED):
         weights = {weight for row in dataset["comparison_weights"] for weight in row}
         if len(weights) > 1:
             raise ValueError(
-                f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(COUPLED)} "
+                f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(SORTED)} "
                 "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
                 f"these losses out of loss_type={list(losses)}"
             )

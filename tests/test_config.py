@@ -54,7 +54,7 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"loss_type": "exo_pair"}, "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl'.*'js_divergence'"),
         ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef=inf"),
-        ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting=True has no pair to weigh"),
+        ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting=True does not go with"),
         (
             {"loss_type": ["aot"], "f_divergence_type": "js_divergence"},
             "f_divergence_type='js_divergence' has no ratio",

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dpo_fast.losses import (
-    COUPLED,
     LOSSES,
     REFERENCE_FREE,
     SMOOTHED,
+    SORTED,
     WITH_LENGTHS,
     WITH_OFFSETS,
     Comparisons,
@@ -76,6 +76,8 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
     def ordered(value) -> list[float]:
         return sorted(value(*row) for row in rows)
 
+    mean_margin = b * sum(winner_score(*row) - loser_score(*row) for row in rows) / len(rows)
+
     def logistic(x: float) -> float:
         return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
 
@@ -93,6 +95,7 @@ def formula(name: str, c: Comparisons, row: int, p: LossParameters) -> float:
         "apo_down": lambda: sigma(b * sw) + 1 - sigma(x),
         "discopop": lambda: -log_sigmoid(x) * (1 - sigma(x / tau)) + math.exp(-x) * sigma(x / tau),
         "plackett_luce": lambda: -log_sigmoid(x),
+        "beta_dpo": lambda: logistic(max(0.01, 1 + p.beta_dpo_alpha * mean_margin) * x),
         "aot": lambda: logistic(b * (ordered(policy_margin)[row] - ordered(reference_margin)[row])),
         "aot_unpaired": lambda: logistic(b * (ordered(winner_score)[row] - ordered(loser_score)[row])),
         "sft": lambda: -w / float(c.mean_winner_tokens),
@@ -120,7 +123,7 @@ def test_value_equals_the_formula(name, divergence, beta, smoothing):
     assert LOSSES[name](c, p).tolist() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"beta_dpo"}))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradient_is_the_derivative(name, divergence):
     c = comparisons(seed=3)
@@ -130,6 +133,27 @@ def test_gradient_is_the_derivative(name, divergence):
         return LOSSES[name](dataclasses.replace(c, winner_logps=winner, loser_logps=loser), p)
 
     assert torch.autograd.gradcheck(loss, (c.winner_logps, c.loser_logps))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_beta_dpo_is_dpo_with_a_beta_of_the_whole_step(divergence):
+    """β′ = [1 + α(M − M₀)]β carries no gradient, and M is weighted as the loss is."""
+    weights, running = torch.linspace(1, 2, 7, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    c = dataclasses.replace(comparisons(seed=4), weights=weights, mean_margin=running)
+    p = parameters("beta_dpo", beta=0.3, f_divergence_type=divergence, beta_dpo_alpha=0.5)
+    divergence = DIVERGENCES[divergence]
+    ratios = zip(c.winner_ratios.tolist(), c.loser_ratios.tolist(), strict=True)
+    margins = [0.3 * (divergence(w) - divergence(lo)) for w, lo in ratios]
+    mean = sum(m * w for m, w in zip(margins, weights.tolist(), strict=True)) / weights.sum().item()
+    fixed = dataclasses.replace(p, beta=0.3 * max(0.01, 1 + 0.5 * (mean - 0.4)))
+    values = [LOSSES["beta_dpo"](c, p), LOSSES["sigmoid"](c, fixed)]
+    assert torch.allclose(*values, rtol=1e-10)
+    sides = (c.winner_logps, c.loser_logps)
+    for one, other in zip(*(torch.autograd.grad(value.sum(), sides) for value in values), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10)
+    low = dataclasses.replace(c, mean_margin=torch.tensor(1e3))
+    fixed = dataclasses.replace(p, beta=0.003)
+    assert torch.allclose(LOSSES["beta_dpo"](low, p), LOSSES["sigmoid"](c, fixed), rtol=1e-10), "never turned around"
 
 
 AT_THE_REFERENCE = {
@@ -145,6 +169,7 @@ AT_THE_REFERENCE = {
     "apo_down": 1.0,
     "discopop": (math.log(2) + 1) / 2,
     "plackett_luce": math.log(2),
+    "beta_dpo": math.log(2),
     "aot": math.log(2),
     "aot_unpaired": math.log(2),
     "exo_pair": -math.log(2) - 0.5 * (math.log(0.9) + math.log(0.1)),
@@ -196,7 +221,7 @@ def test_permuting_comparisons_permutes_losses(name):
     )
     p = parameters(name)
     expected = LOSSES[name](c, p)
-    assert torch.equal(LOSSES[name](moved, p), expected if name in COUPLED else expected[order])
+    assert torch.allclose(LOSSES[name](moved, p), expected if name in SORTED else expected[order], rtol=1e-12)
 
 
 def test_a_mix_is_the_weighted_sum_of_its_losses():
@@ -223,7 +248,7 @@ def test_large_margins_stay_finite(name, divergence, margin):
 def test_dpo_loss_is_the_loss_and_the_rewards_of_the_original_code(name):
     c = comparisons()
     lengths = {"chosen_lengths": c.winner_lengths, "rejected_lengths": c.loser_lengths}
-    options = {"beta": 0.3, "label_smoothing": 0.2, "discopop_tau": 0.5}
+    options = {"beta": 0.3, "label_smoothing": 0.2 if name in SMOOTHED else 0.0, "discopop_tau": 0.5}
     losses, chosen, rejected = dpo_loss(*pairs_of(c), loss_type=name, **options, **lengths)
     assert torch.allclose(losses, LOSSES[name](c, LossParameters(**options)), rtol=1e-6)
     assert torch.equal(chosen, 0.3 * (c.winner_logps - c.winner_ref_logps).detach())
@@ -234,6 +259,9 @@ def test_dpo_loss_is_the_loss_and_the_rewards_of_the_original_code(name):
             dpo_loss(*pairs_of(c), loss_type=name)
     else:
         assert torch.equal(dpo_loss(*pairs_of(c), loss_type=name, **options)[0], losses)
+    if name not in SMOOTHED:
+        with pytest.raises(ValueError, match="^label_smoothing=0.1 means nothing to"):
+            dpo_loss(*pairs_of(c), loss_type=name, label_smoothing=0.1, **lengths)
 
 
 def test_dpo_loss_names_bad_arguments():

@@ -20,7 +20,7 @@ LAYERS = (
     {"groups", "pieces", "losses", "objective", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
     | {"models", "checkpoints", "collator", "coupling", "sampler", "reference", "forward", "fused_linear"}
-    | {"metrics", "group_metrics"},
+    | {"metrics", "group_metrics", "running_margin"},
     {"trainer"},
     {"cli", "arguments", "doctor", "demo", "integrations"},
 )

@@ -100,7 +100,7 @@ def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path, layout):
     assert logged(trainer, "rewards/accuracies")[-1] > 0.9
 
 
-@pytest.mark.parametrize("loss_type", [["sigmoid"], ["hinge"], ["ipo"], ["sft"], ["sigmoid", "sft"]])
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["hinge"], ["ipo"], ["sft"], ["sigmoid", "sft"], ["beta_dpo"]])
 @pytest.mark.parametrize("dataset", [pairs, ranked])
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, loss_type, dataset):
     """Whole batch = packs under a token bound = gradient accumulation, for pairs and for K-way groups."""
@@ -145,8 +145,10 @@ def test_a_group_equals_its_expanded_pairs(tmp_path):
     assert len(merged.train_dataset) == 1
 
 
-def test_resume_is_exact(tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize("loss_type", ["sigmoid", "beta_dpo"])
+def test_resume_is_exact(tmp_path, loss_type):
+    """With all that a run remembers; β-DPO the running mean of its margins."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "loss_type": loss_type, "beta": 2.0}
     whole = make_trainer(tmp_path, **options)
     expected = trained(whole)
     resumed = make_trainer(tmp_path, **options)

@@ -1,0 +1,43 @@
+"""The running mean M₀ of a step's margins, against which β-DPO (arXiv 2407.08639) measures the next step.
+
+    M₀ ← 0.9·M₀ + 0.1·M        M the mean of β[(ℓ − ℓ_ref)_w − (ℓ − ℓ_ref)_l] over the step's comparisons
+
+It stays on the device and is read back only into checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import TrainerState
+
+DECAY = 0.9
+_STATE = "RunningMargin"
+
+
+class RunningMargin:
+    """M₀, from 0.
+
+    Attributes:
+        mean: fp32 scalar, changed in place between steps.
+    """
+
+    def __init__(self, device: torch.device):
+        self.mean = torch.zeros((), device=device)
+        self._step = torch.zeros((), device=device)
+
+    def add(self, share: Tensor) -> None:
+        """Adds a pack's share of the mean of the present step."""
+        self._step += share
+
+    def end_step(self, sum_over_ranks=lambda share: share) -> None:
+        """Closes the step: its mean moves the running one."""
+        self.mean.lerp_(sum_over_ranks(self._step), 1 - DECAY)
+        self._step.zero_()
+
+    def save(self, state: TrainerState) -> None:
+        state.stateful_callbacks[_STATE] = {"args": {}, "attributes": {"mean": self.mean.item()}}
+
+    def load(self, state: TrainerState) -> None:
+        """Takes up the mean of a checkpoint, where it has one."""
+        self.mean.fill_(state.stateful_callbacks.get(_STATE, {"attributes": {"mean": 0.0}})["attributes"]["mean"])
