@@ -29,7 +29,6 @@ TRL_ONLY: dict[str, Any] = {
     "ref_model_sync_steps": 512,
     "pad_token": None,
     "datasets": None,
-    "dataset_streaming": False,
     "streaming": False,
     "test_split_size": None,
     "ignore_bias_buffers": False,
@@ -49,6 +48,12 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset that has several."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read rows as training asks for them; needs --max_steps. Their references are computed then."
+        },
+    )
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, with --eval_strategy."})
 
 

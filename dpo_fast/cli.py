@@ -1,4 +1,4 @@
-"""The command line: `dpo-fast train | demo | doctor`.
+"""The command line: `dpo-fast train | cache | demo | doctor`.
 
 Everything that can be seen to be wrong before a model is loaded is reported before. A mistake in the input ends with
 status 2 and one line on stderr; a traceback means a bug.
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -70,7 +71,7 @@ def needs_launcher(arguments: TrainArguments) -> bool:
     return bool(arguments.launch) or several_gpus or os.path.isfile(default_config_file)
 
 
-def launch(arguments: TrainArguments, argv: list[str]) -> NoReturn:
+def launch(arguments: TrainArguments, command: Sequence[str]) -> NoReturn:
     """Replaces this process by `accelerate launch` on the same command, which every process then parses for itself."""
     flags = list(arguments.launch)
     if "--accelerate_config" in flags:
@@ -78,9 +79,9 @@ def launch(arguments: TrainArguments, argv: list[str]) -> NoReturn:
         flags[where : where + 2] = ["--config_file", str(_accelerate_config(flags[where + 1 : where + 2]))]
     # Without PYTHONSAFEPATH, running a module would put the working directory in front of the installed packages.
     environment = os.environ | {"DPO_FAST_LAUNCHED": "1", "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "dpo_fast.cli", "train", *argv]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "dpo_fast.cli", *command]
     sys.stdout.flush()
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, launcher, environment)
 
 
 def _accelerate_config(value: list[str]) -> Path:
@@ -97,14 +98,24 @@ def _accelerate_config(value: list[str]) -> Path:
     return folder / f"{value[0]}.yaml"
 
 
-def prepare(argv: list[str]) -> DPOTrainer:
-    """From the command line to a trainer that is ready: all that a mistake in the input can stop."""
+def prepare(
+    argv: list[str],
+    command: Sequence[str] = (),
+    trainer_class: Callable[[], type] | None = None,
+) -> DPOTrainer:
+    """From the command line to a trainer that is ready: all that a mistake in the input can stop.
+
+    Args:
+        argv: flags of `train`.
+        command: what every process is to run when a launcher starts them, `train` with these flags unless given.
+        trainer_class: makes the trainer's class in such a process; None for `DPOTrainer`.
+    """
     from dpo_fast.arguments import parse_train_arguments
 
     arguments = parse_train_arguments(argv)
     check_paths(arguments)
     if needs_launcher(arguments):
-        launch(arguments, argv)
+        launch(arguments, command or ("train", *argv))
 
     from dpo_fast.data import load_preference_dataset
     from dpo_fast.formats import detect_format
@@ -113,12 +124,16 @@ def prepare(argv: list[str]) -> DPOTrainer:
     data, model, config = arguments.data, arguments.model, arguments.config
     config.resume_from_checkpoint = _checkpoint(config)
     evaluates = config.eval_strategy != "no"
-    dataset = load_preference_dataset(data.dataset_name, config_name=data.dataset_config)
+    dataset = load_preference_dataset(
+        data.dataset_name, config_name=data.dataset_config, streaming=data.dataset_streaming
+    )
     train_dataset = _split(dataset, data.dataset_train_split, "--dataset_train_split")
     eval_dataset = _split(dataset, data.dataset_test_split, "--dataset_test_split") if evaluates else None
     for split in filter(None, (train_dataset, eval_dataset)):
-        detect_format(split.column_names)  # a dataset that cannot be used is refused before a model is loaded
-    return DPOTrainer(
+        if split.column_names:  # a stream may not know them yet
+            detect_format(split.column_names)  # a dataset that cannot be used is refused before a model is loaded
+    kind = DPOTrainer if trainer_class is None else trainer_class()
+    return kind(
         model=model.model_name_or_path,
         args=config,
         train_dataset=train_dataset,
@@ -145,6 +160,22 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def cache(argv: list[str]) -> int:
+    from dpo_fast.cache_command import caching_trainer, main, scratch_output
+
+    def fill(flags: list[str], shard: int, shards: int) -> int:
+        trainer = prepare([*flags, *scratch_output()], ("cache", *argv), lambda: caching_trainer(shard, shards))
+        if trainer.is_world_process_zero():
+            for name, summary in trainer.data_summaries.items():
+                print(f"{name}: {summary}")
+            print(
+                f"{trainer.reference.store.computed} reference log-probs computed, in {trainer.reference.store.folder}"
+            )
+        return 0
+
+    return main(argv, fill)
+
+
 def _split(dataset: Any, name: str, flag: str) -> Any:
     splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     if name not in splits:
@@ -169,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dpo-fast", description="Direct Preference Optimization, fast.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("train", add_help=False, help="train a model on preferences; flags are those of `trl dpo`")
+    commands.add_parser("cache", add_help=False, help="compute reference log-probs ahead, or look after those kept")
     show = commands.add_parser(
         "demo", help="train a small model on the preferences in this package and show the change"
     )
@@ -188,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["train"]:
-            return train(argv[1:])
+        if argv[:1] in (["train"], ["cache"]):
+            return {"train": train, "cache": cache}[argv[0]](argv[1:])
         options = _parser().parse_args(argv)
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
@@ -205,7 +237,7 @@ def _is_input_mistake(error: Exception) -> bool:
     if isinstance(error, ImportError) and (error.name or "").startswith("dpo_fast"):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    prepares = any(frame.f_code in (prepare.__code__, doctor.__code__) for frame in frames)
+    prepares = any(frame.f_code in (prepare.__code__, cache.__code__, doctor.__code__) for frame in frames)
     refused = frames[-1].f_globals.get("__name__", "").startswith("dpo_fast")
     return prepares or refused or isinstance(error, ModuleNotFoundError)
 

@@ -178,8 +178,8 @@ def prepare_dataset(
 def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, comparisons: str, name: str) -> None:
     if isinstance(dataset, IterableDataset | IterableDatasetDict):
         raise ValueError(
-            f"dataset: the {name} dataset is a stream ({type(dataset).__name__}), and streaming is not supported yet; "
-            "load it without streaming=True"
+            f"dataset: the {name} dataset is a stream ({type(dataset).__name__}); take "
+            "dpo_fast.streaming.prepare_stream, or load it without streaming=True"
         )
     if not isinstance(dataset, Dataset):
         splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""

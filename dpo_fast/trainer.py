@@ -30,7 +30,6 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dpo_fast.cache_dir import cache_dir
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
@@ -51,9 +50,12 @@ from dpo_fast.losses import (
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.objective import Objective
-from dpo_fast.reference import ReferenceStore, reference_description, with_reference_logps
+from dpo_fast.reference.compute import Shard
+from dpo_fast.reference.fingerprint import weights_fingerprint
+from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
 from dpo_fast.running_margin import RunningMargin
-from dpo_fast_kernels import SequenceLoss, attention_backend
+from dpo_fast.streaming import prepare_stream
+from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class DPOTrainer(Trainer):
         args: a `DPOConfig`.
         data_collator: replaces `DPOCollator`; takes tokenised rows, returns a dict as `DPOCollator` does.
         train_dataset: rows in any format of `dpo_fast.data`.
+            A stream (`IterableDataset`) too: its references are computed as its rows come.
         eval_dataset: likewise, or a dict of datasets.
         processing_class: the tokenizer; None loads the model's.
         compute_metrics: gets the rewards (β(ℓ − ℓ_ref)) of winner and loser, [comparisons, 2], as predictions, and the
@@ -85,6 +88,7 @@ class DPOTrainer(Trainer):
     # The loss is divided by the totals of the optimizer step, over all its micro-batches.
     loss_is_scaled_for_ga = True
     _tag_names = ["dpo_fast", "dpo"]
+    _shard: Shard | None = None  # which prompts the reference runs on; None for this process's share
 
     def __init__(
         self,
@@ -92,8 +96,8 @@ class DPOTrainer(Trainer):
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -111,6 +115,7 @@ class DPOTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
+        fingerprint = weights_memo(model, args, quantization_config, peft_config is not None)
         model = load_model(model, args, quantization_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -126,10 +131,13 @@ class DPOTrainer(Trainer):
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
         train_dataset = self._tokenized(train_dataset, "train")
         eval_dataset = _map_datasets(eval_dataset, self._tokenized)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        self._streams = any(isinstance(dataset, IterableDataset) for dataset in datasets)
+        if self._streams and args.accelerator_config.dispatch_batches is None:
+            args.accelerator_config.dispatch_batches = False  # every process reads its own rows
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self._reference_free = set(args.loss_mix) <= set(REFERENCE_FREE)
-        self._reference_column = "ref_logps" if args.ld_alpha is None else "ref_token_logps"
         if self._reference_free and ref_model is not None:
             raise ValueError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
         self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
@@ -173,19 +181,31 @@ class DPOTrainer(Trainer):
         self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
 
-        self.reference_store: ReferenceStore | None = None
-        with args.main_process_first(local=False, desc="reference log-probs"):
-            self.train_dataset = self._with_reference(self.train_dataset, "train", ref_model)
-            self.eval_dataset = _map_datasets(
-                self.eval_dataset, lambda dataset, name: self._with_reference(dataset, name, ref_model)
-            )
+        self.reference = None if self._reference_free else self._make_reference(ref_model, fingerprint)
+        self.train_dataset = self._with_reference(self.train_dataset, "train")
+        self.eval_dataset = _map_datasets(self.eval_dataset, self._with_reference)
+        if self.reference is not None and self._streams and not self._new_adapter and not self._own_reference:
+            self.reference.keep()
+        elif self.reference is not None and self._own_reference and not self._streams:
+            self.reference.release()
 
     # ---- data and reference ----
 
-    def _tokenized(self, dataset: Dataset, name: str) -> Dataset:
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(f"the {name} dataset is an IterableDataset; load it without streaming")
+    def _tokenized(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         args = self._config
+        if isinstance(dataset, IterableDataset):
+            if args.group_by_prompt:
+                raise ValueError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
+            _check_offsets(args.loss_mix, "offset" in _columns(dataset), name)
+            return prepare_stream(
+                dataset,
+                self._tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                comparisons=args.comparisons,
+                vocab_size=self._vocab_size,
+                name=name,
+            )
         with args.main_process_first(local=False, desc=f"tokenizing {name}"):
             dataset, summary = prepare_dataset(
                 dataset,
@@ -198,73 +218,46 @@ class DPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
-        _check_loss_fits(args.loss_mix, dataset, name)
+        _check_offsets(args.loss_mix, "comparison_offsets" in dataset.column_names, name)
+        _check_weights(args.loss_mix, dataset, name)
         self.data_summaries[name] = summary
         logger.info("%s: %s", name, summary)
         return dataset
 
-    def _with_reference(self, dataset: Dataset, name: str, ref_model: PreTrainedModel | None = None) -> Dataset:
+    def _with_reference(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
-        if self._reference_column in dataset.column_names or self._reference_free:
+        if self.reference is None or self.reference.column in (columns := _columns(dataset)):
             return dataset
-        if "ref_logps" in dataset.column_names:
+        if "ref_logps" in columns:
             raise ValueError(
                 f"ref_chosen_logps: the {name} dataset has sums of reference log-probs, and ld_alpha="
                 f"{self.args.ld_alpha} needs those of every token; drop ref_chosen_logps and ref_rejected_logps, and "
                 "they are computed"
             )
-        if self.reference_store is None:
-            self.reference_store = self._open_store(ref_model)
-        model = self.model if ref_model is None else ref_model.to(self.args.device)
+        if isinstance(dataset, IterableDataset):
+            return self.reference.with_logps_of_stream(dataset)
+        return self.reference.with_logps(dataset, name)
+
+    def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint) -> Reference:
+        model, adapters = self.model, not self._new_adapter
         if ref_model is not None:
-            self._prepare_reference(ref_model)
-        without_adapter = ref_model is None and self._new_adapter
-        context = model.disable_adapter() if without_adapter else contextlib.nullcontext()
-        was_training = model.training
-        model.eval()
-
-        def score(packed: PackedBatch) -> Tensor:
-            with torch.no_grad(), self.accelerator.autocast():
-                return model(packed=packed.to(self.args.device)).token_logps
-
-        with context:
-            dataset = with_reference_logps(
-                dataset,
-                self.reference_store,
-                score,
-                layout=self.layout,
-                max_tokens=self.args.max_tokens_per_micro_batch,
-                column=self._reference_column,
-                name=name,
-            )
-        model.train(was_training)
-        return dataset
-
-    def _open_store(self, ref_model: PreTrainedModel | None) -> ReferenceStore:
-        model = ref_model if ref_model is not None else self.model
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        dtype = mixed or next(model.parameters()).dtype
-        backend = (
-            attention_backend(self.args.device, dtype)[0]
-            if self.layout == "shared"
-            else model.config._attn_implementation
-        )
-        description = reference_description(
+            model, adapters, fingerprint = ref_model.to(self.args.device), True, weights_fingerprint
+            base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
+            if base.get_input_embeddings().weight.shape[0] < self._vocab_size:
+                raise ValueError(
+                    f"ref_model has {base.get_input_embeddings().weight.shape[0]} token embeddings and model has "
+                    f"{self._vocab_size}; use a reference with the same tokenizer"
+                )
+            prepare_forward(base, self.layout)
+        return Reference(
             model,
-            adapters=ref_model is not None or not self._new_adapter,
-            dtype=dtype,
-            attention=f"{self.layout}/{backend}",
+            self.args,
+            self.accelerator,
+            adapters=adapters,
+            layout=self.layout,
+            fingerprint=fingerprint,
+            shard=self._shard,
         )
-        return ReferenceStore(Path(self.args.reference_cache_dir or cache_dir() / "reference"), description)
-
-    def _prepare_reference(self, ref_model: PreTrainedModel) -> None:
-        base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
-        if base.get_input_embeddings().weight.shape[0] < self._vocab_size:
-            raise ValueError(
-                f"ref_model has {base.get_input_embeddings().weight.shape[0]} token embeddings and model has "
-                f"{self._vocab_size}; use a reference with the same tokenizer"
-            )
-        prepare_forward(base, self.layout)
 
     # ---- the step ----
 
@@ -388,27 +381,29 @@ class DPOTrainer(Trainer):
         log-probs.
 
         Raises:
-            ValueError: the reference is not kept: it was a `ref_model`, or the policy that has been trained since. Pass
-                the dataset to the constructor instead.
+            ValueError: the store lacks some of them and the reference is not kept: it was a `ref_model`, or the policy
+                that has been trained since. Pass the dataset to the constructor instead.
         """
-        if isinstance(eval_dataset, Dataset | dict):
+        if isinstance(eval_dataset, Dataset | IterableDataset | dict):
             eval_dataset = _map_datasets(eval_dataset, self._prepare_held_out)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _prepare_held_out(self, dataset: Dataset, name: str) -> Dataset:
-        if self._reference_column in dataset.column_names:
+    def _prepare_held_out(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        if self.reference is not None and self.reference.column in _columns(dataset):
             return dataset
         dataset = self._tokenized(dataset, name)
-        if self._reference_free:
-            return dataset
         gone = self._own_reference or (self.state.global_step and not self._new_adapter)
-        if gone and self._reference_column not in dataset.column_names:
+        if self.reference is None or not gone or self._streams or self.reference.column in _columns(dataset):
+            return self._with_reference(dataset, name)
+        try:
+            return self.reference.with_stored_logps(dataset)
+        except ValueError as error:
             reference = "ref_model" if self._own_reference else "the policy before training"
             raise ValueError(
-                f"eval_dataset {name!r} has no reference log-probs, and the reference ({reference}) is not kept; give "
-                "the dataset to DPOTrainer(eval_dataset=…) instead"
-            )
-        return self._with_reference(dataset, name)
+                f"eval_dataset {name!r} needs reference log-probs that the reference store lacks ({error}), and the "
+                f"reference ({reference}) is not kept; give the dataset to DPOTrainer(eval_dataset=…) instead, or fill "
+                "the store with `dpo-fast cache`"
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -442,19 +437,29 @@ class DPOTrainer(Trainer):
         return self._parameter_count
 
 
-def _map_datasets(datasets: Dataset | dict[str, Dataset] | None, function: Callable[[Dataset, str], Dataset]):
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns; a stream that does not know them shows its first row."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def _map_datasets(datasets: Any, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]):
+    """Applies `function` to a dataset and its name, or to every one of a dict; None stays None."""
     if isinstance(datasets, dict):
         return {name: function(dataset, name) for name, dataset in datasets.items()}
     return None if datasets is None else function(datasets, "eval")
 
 
-def _check_loss_fits(losses: Collection[str], dataset: Dataset, name: str) -> None:
-    """Refuses offsets that no loss heeds, and weights that sorting losses cannot tell apart."""
-    if "comparison_offsets" in dataset.column_names and not any(heeds(loss, WITH_OFFSETS) for loss in losses):
+def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:
+    """Refuses offsets that no loss heeds."""
+    if given and not any(heeds(loss, WITH_OFFSETS) for loss in losses):
         raise ValueError(
             f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
             f"column, or choose from {list(WITH_OFFSETS)}"
         )
+
+
+def _check_weights(losses: Collection[str], dataset: Dataset, name: str) -> None:
+    """Refuses weights that sorting losses cannot tell apart."""
     if set(losses) & set(SORTED):
         weights = {weight for row in dataset["comparison_weights"] for weight in row}
         if len(weights) > 1:

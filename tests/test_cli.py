@@ -29,7 +29,7 @@ def library(monkeypatch):
     """Stands in for the trainer and the data: records what the command line asks of them."""
     record = types.SimpleNamespace(calls=[], dataset=DatasetDict(train=Dataset.from_list(ROWS)), fails={})
 
-    def load_preference_dataset(name, *, config_name=None, split=None):
+    def load_preference_dataset(name, *, config_name=None, split=None, streaming=False):
         record.calls.append(("load", name, config_name, split))
         return record.dataset
 
@@ -144,7 +144,7 @@ def test_flags_win_over_the_configuration_file(library, tmp_path):
         ("env: yes\n", ["env=True", "must map names"]),
         ("beta: much\n", ["--beta", "invalid float value: 'much'"]),
         ("dtype: fp8\n", ["--dtype fp8", "bfloat16"]),
-        ("dataset_streaming: true\n", ["dataset_streaming=True is not implemented"]),
+        ("sync_ref_model: true\n", ["sync_ref_model=True is not implemented"]),
         ("datasets:\n  - path: acme/pairs\n", ["datasets=", "not implemented"]),
     ],
 )

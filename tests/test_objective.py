@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpo_fast.collator import DPOCollator
 from dpo_fast.coupling import step_coefficients
 from dpo_fast.groups import PreferenceGroup, pack
-from dpo_fast.losses import LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
+from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
 from dpo_fast.objective import Objective
 from dpo_fast.pieces import cut_completions
 
@@ -78,7 +78,7 @@ def by_token(groups, rows, objective: Objective, totals) -> torch.Tensor:
     return value
 
 
-PER_COMPARISON = sorted(set(LOSSES) - {"aot", "aot_unpaired", "plackett_luce"})
+PER_COMPARISON = sorted(set(LOSSES) - {*COUPLED, "plackett_luce"})
 
 
 @pytest.mark.parametrize("name", PER_COMPARISON)

@@ -19,10 +19,11 @@ LAYERS = (
     {"dpo_fast_kernels"},
     {"groups", "pieces", "losses", "objective", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
-    | {"models", "checkpoints", "collator", "coupling", "sampler", "reference", "forward", "fused_linear"}
-    | {"metrics", "group_metrics", "running_margin"},
+    | {"models", "checkpoints", "collator", "coupling", "sampler", "forward", "fused_linear"}
+    | {"metrics", "group_metrics", "running_margin"}
+    | {"streaming", "reference"},
     {"trainer"},
-    {"cli", "arguments", "doctor", "demo", "integrations"},
+    {"cli", "arguments", "cache_command", "doctor", "demo", "integrations"},
 )
 ENTRIES = {"cli", "integrations"}
 

@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
         pairs_per_second=pairs * trainer.args.num_train_epochs / _step_seconds(trainer, training),
         training_seconds=training["train_runtime"],
         reference_seconds=reference_seconds,
-        computed_references=trainer.reference_store.computed,
+        computed_references=trainer.reference.store.computed,
         all_references=sum(
             len(row) for data in (trainer.train_dataset, trainer.eval_dataset) for row in data["ref_logps"]
         ),

@@ -1,0 +1,309 @@
+"""The reference pass: a tokenised dataset → reference log-probs, running only completions that the store lacks.
+
+Completions of one prompt run together, in whatever rows they stand, and one that occurs twice runs once. Prompts go
+longest first into batches of equal token counts under a budget. A batch depends on nothing but the prompts that are
+still to come, so a pass that was killed goes on with the very batches that it would have run, and ends with the same
+numbers bit by bit. Packing the next batch and writing the last one happen beside the running one.
+
+A dataset is gone through in windows, which bounds the memory that the plan takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.reference.store import ReferenceStore, completion_key, key_array
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[PackedBatch], Tensor]  # a packed batch on the host → token log-probs [N], without gradient
+Column = Literal["ref_logps", "ref_token_logps"]
+Item = TypeVar("Item")
+
+TOKENS_PER_BATCH = 8192
+WINDOW = 65_536  # rows that are planned together
+AUDITED_GROUPS = 4
+
+
+class Shard(NamedTuple):
+    """A share of the prompts: those that one of several processes runs."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, prompt_key: bytes) -> bool:
+        return int.from_bytes(prompt_key[:8], "big") % self.count == self.index
+
+
+@dataclass
+class PassReport:
+    """What a pass found and did.
+
+    Attributes:
+        completions: different ones per window of the dataset.
+        computed: those that the store lacked and this process ran.
+        tokens: token positions that it ran for them.
+        known: some groups, picked at random, whose log-probs the store had all before.
+    """
+
+    completions: int = 0
+    computed: int = 0
+    tokens: int = 0
+    known: list[PreferenceGroup] = field(default_factory=list)
+
+
+def group_keys(group: PreferenceGroup) -> list[bytes]:
+    """The key of each completion in the store."""
+    completions = zip(group.completion_ids, group.contexts, strict=True)
+    return [completion_key(group.prompt_ids, ids, context) for ids, context in completions]
+
+
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A prompt and the completions that run after it, without comparisons."""
+
+    group: PreferenceGroup
+    keys: list[bytes]
+    cost: int
+
+
+def _plan(
+    groups: Sequence[PreferenceGroup],
+    keys: Sequence[Sequence[bytes]],
+    found: dict[bytes, bool],
+    layout: Layout,
+    max_tokens: int,
+    shard: Shard,
+) -> list[_Unit]:
+    """What is to run, longest first.
+
+    Which completions run together is decided over all of a prompt's, those in the store included, so that it stays the
+    same when a pass goes on.
+    """
+    completions: dict[bytes, dict[bytes, tuple[Sequence[int], int]]] = defaultdict(dict)
+    prompts: dict[bytes, Sequence[int]] = {}
+    for group, row in zip(groups, keys, strict=True):
+        prompt = completion_key(group.prompt_ids, ())
+        prompts[prompt] = group.prompt_ids
+        completions[prompt].update(zip(row, zip(group.completion_ids, group.contexts, strict=True), strict=True))
+    units = []
+    for prompt, of_prompt in completions.items():
+        if shard.has(prompt) and not all(found[key] for key in of_prompt):
+            for part in _parts(prompts[prompt], list(of_prompt.items()), max_tokens):
+                missing = {key: value for key, value in part if not found[key]}
+                if missing:
+                    units.append(_unit(prompts[prompt], missing, layout))
+    return sorted(units, key=lambda unit: (-unit.cost, unit.keys[0]))
+
+
+def _parts(prompt_ids: Sequence[int], completions: list[tuple[bytes, Any]], max_tokens: int) -> Iterator[list]:
+    """Cuts the completions of a prompt that are too many for one batch."""
+    part, cost = [], len(prompt_ids)
+    for key, (ids, context) in completions:
+        if part and cost + len(ids) > max_tokens:
+            yield part
+            part, cost = [], len(prompt_ids)
+        part.append((key, (ids, context)))
+        cost += len(ids)
+    yield part
+
+
+def _unit(prompt_ids: Sequence[int], completions: dict[bytes, tuple[Sequence[int], int]], layout: Layout) -> _Unit:
+    ids, contexts = zip(*completions.values(), strict=True)
+    group = PreferenceGroup(prompt_ids, ids, (), (), context_lengths=contexts)
+    return _Unit(group, list(completions), group.num_tokens(layout))
+
+
+def _end_of_batch(
+    totals: np.ndarray,  # [units + 1], tokens before each unit, and all of them
+    start: int,
+    max_tokens: int,
+) -> int:
+    """Where the batch that begins at `start` ends: what is left, in as few batches as fit, of equal size."""
+    remaining = totals[-1] - totals[start]
+    size = remaining / -(-remaining // max_tokens)
+    stop = int(np.searchsorted(totals, totals[start] + size))
+    if totals[stop] - totals[start] > max_tokens:
+        stop -= 1
+    return max(stop, start + 1)
+
+
+# ---- running it ----
+
+
+class ReferencePass:
+    """Runs the reference on completions that a store lacks, and puts what it finds into the store.
+
+    Args:
+        store: what is known already, and where the results go.
+        score: runs the reference.
+        layout: of the packed batches.
+        max_tokens: bound on the packed tokens of a forward pass, 8192 unless given. Where the memory does not suffice
+            it is halved.
+        shard: which prompts to run.
+
+    Attributes:
+        report: what it found and did so far.
+    """
+
+    def __init__(
+        self,
+        store: ReferenceStore,
+        score: Score,
+        *,
+        layout: Layout,
+        max_tokens: int | None = None,
+        shard: Shard = Shard(),  # noqa: B008 (frozen)
+    ):
+        self._store, self._score, self._layout, self._shard = store, score, layout, shard
+        self._max_tokens, self._picked = max_tokens or TOKENS_PER_BATCH, random.Random()
+        self.report = PassReport()
+
+    def over(self, dataset: Dataset, name: str) -> None:
+        """Runs on a tokenised dataset, columns named as the attributes of `PreferenceGroup`, and closes the store.
+
+        Raises:
+            ValueError: a single prompt with a completion does not fit the device's memory.
+        """
+        for groups in _windows(dataset):
+            self.run(groups, name)
+        self._store.close()
+        logger.info(
+            "reference log-probs of %s: %d of %d completions computed, the others were in %s",
+            name, self.report.computed, self.report.completions, self._store.folder,
+        )  # fmt: skip
+
+    def run(self, groups: Sequence[PreferenceGroup], name: str | None = None) -> None:
+        """Runs on some groups that are planned together; with a name, under a progress bar."""
+        keys = [group_keys(group) for group in groups]
+        different = list(dict.fromkeys(key for row in keys for key in row))
+        found = dict(zip(different, self._store.lookup(key_array(different))[0].tolist(), strict=True))
+        known = [group for group, row in zip(groups, keys, strict=True) if all(found[key] for key in row)]
+        self.report.completions += len(different)
+        self.report.known = self._some([*self.report.known, *self._some(known)])
+        units = _plan(groups, keys, found, self._layout, self._max_tokens, self._shard)
+        with tqdm(
+            total=sum(unit.cost for unit in units),
+            desc=f"Reference log-probs of {name}",
+            unit="tok",
+            unit_scale=True,
+            disable=not (units and name),
+        ) as progress:
+            for batch, packed, logps in _lagging(self._scored(units)):
+                bounds = packed.score_layout.host_cu_scores[1:-1].tolist()
+                pieces = np.split(logps.float().cpu().numpy(), bounds)
+                self._store.add(key_array([key for unit in batch for key in unit.keys]), pieces)
+                self.report.computed += len(pieces)
+                self.report.tokens += packed.num_tokens
+                progress.update(sum(unit.cost for unit in batch))
+
+    def _some(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+        return self._picked.sample(groups, min(AUDITED_GROUPS, len(groups)))
+
+    def _scored(self, units: list[_Unit]) -> Iterator[tuple[list[_Unit], PackedBatch, Tensor]]:
+        """Yields batch after batch with its token log-probs; the next is packed meanwhile."""
+        totals = np.array([0, *accumulate(unit.cost for unit in units)])
+
+        def prepare(start: int) -> tuple[int, PackedBatch | None]:
+            if start == len(units):
+                return start, None
+            stop = _end_of_batch(totals, start, self._max_tokens)
+            return stop, pack([unit.group for unit in units[start:stop]], self._layout)
+
+        start = 0
+        with ThreadPoolExecutor(1, thread_name_prefix="dpo_fast-pack") as executor:
+            ahead = executor.submit(prepare, start)
+            while start < len(units):
+                stop, packed = ahead.result()
+                ahead = executor.submit(prepare, stop)
+                try:
+                    logps = self._score(packed)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    self._shrink(packed.num_tokens, stop - start, error)
+                    ahead = executor.submit(prepare, start)
+                else:
+                    yield units[start:stop], packed, logps
+                    start = stop
+
+    def _shrink(self, tokens: int, prompts: int, error: RuntimeError) -> None:
+        if prompts == 1:
+            raise ValueError(
+                f"max_length: the memory does not suffice for the reference pass on a single prompt and completions of "
+                f"{tokens} tokens; lower max_length, or take a larger device"
+            ) from error
+        self._max_tokens = tokens // 2
+        logger.warning("out of memory in the reference pass: it goes on with %d tokens a batch", self._max_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _lagging(items: Iterator[Item]) -> Iterator[Item]:
+    """Yields every item once its successor has begun, so that reading its results back holds nothing up."""
+    previous = next(items, None)
+    for item in items:
+        yield previous
+        previous = item
+    if previous is not None:
+        yield previous
+
+
+# ---- results ----
+
+
+def with_reference_logps(dataset: Dataset, store: ReferenceStore, column: Column = "ref_logps") -> Dataset:
+    """Adds reference log-probs, of completions or of all their tokens, from a store that has them all.
+
+    Raises:
+        ValueError: the store lacks some.
+    """
+    if column in dataset.column_names:
+        dataset = dataset.remove_columns(column)
+    return dataset.add_column(
+        column, pa.chunked_array([reference_column(groups, store, column) for groups in _windows(dataset)])
+    )
+
+
+def reference_column(groups: Sequence[PreferenceGroup], store: ReferenceStore, column: Column) -> pa.ListArray:
+    """Reference log-probs of some groups, a list for each, or for `ref_token_logps` a list of lists."""
+    keys = [group_keys(group) for group in groups]
+    flat = key_array([key for row in keys for key in row])
+    found, logps, _ = store.lookup(flat)
+    if not found.all():
+        raise ValueError(
+            f"store: {store.folder} lacks {int((~found).sum())} of {len(found)} reference log-probs; run the reference "
+            "pass on this dataset, all of its shards, to the end"
+        )
+    if column == "ref_logps":
+        values = pa.array(logps, pa.float32())
+    else:
+        values = pa.array(store.token_logps(flat), pa.list_(pa.float32()))
+    return pa.ListArray.from_arrays(pa.array(accumulate(map(len, keys), initial=0), pa.int32()), values)
+
+
+def _windows(dataset: Dataset) -> Iterator[list[PreferenceGroup]]:
+    columns = ("prompt_ids", "completion_ids", "context_lengths")
+    dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    for start in range(0, len(dataset), WINDOW):
+        rows = dataset.select(range(start, min(start + WINDOW, len(dataset))))
+        yield [PreferenceGroup.from_row(row) for row in rows]

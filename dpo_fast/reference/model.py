@@ -1,0 +1,176 @@
+"""The reference of a training run: the frozen model, and the store that keeps its log-probs.
+
+The model is the policy as it is before training (without a new adapter), or one of its own. After the reference pass it
+is needed no more, unless rows come as a stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+
+from dpo_fast.cache_dir import cache_dir
+from dpo_fast.config import DPOConfig
+from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
+from dpo_fast.reference.audit import audit
+from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
+from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
+from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
+from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.streaming import add_reference_to_stream
+from dpo_fast_kernels import attention_backend
+
+logger = logging.getLogger(__name__)
+
+Fingerprint = Callable[[nn.Module, bool], str]  # of a model's weights, with or without its adapters
+
+
+def weights_memo(
+    model: str | nn.Module, config: DPOConfig, quantization_config: object, new_adapter: bool
+) -> Fingerprint:
+    """How to fingerprint the model that `model` is about to be loaded as: from memory, if its files are unchanged.
+
+    Only a whole model in a local folder is remembered; what somebody has loaded may have been changed since.
+    """
+    if not isinstance(model, str) or Path(model, "adapter_config.json").exists():
+        return weights_fingerprint
+    load = {
+        "options": repr(config.model_init_kwargs),
+        "quantization": repr(quantization_config),
+        "new_adapter": new_adapter,
+    }
+    memo = FingerprintMemo(cache_dir() / "fingerprints.json")
+
+    def fingerprint(loaded: nn.Module, adapters: bool) -> str:
+        return fingerprint_of_checkpoint(model, load, lambda: weights_fingerprint(loaded, adapters), memo)
+
+    return fingerprint
+
+
+class Reference:
+    """What gives reference log-probs.
+
+    Args:
+        model: with the packed forward, on its device.
+        adapters: whether the model's adapters belong to the reference; else they are off while it runs.
+        layout: of the packed batches.
+        fingerprint: what hashes its weights.
+        shard: which prompts to run; None shares them out among the processes of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DPOConfig,
+        accelerator: Accelerator,
+        *,
+        adapters: bool,
+        layout: Layout,
+        fingerprint: Fingerprint = weights_fingerprint,
+        shard: Shard | None = None,
+    ):
+        self.model: nn.Module | None = model
+        self._config, self._accelerator, self._fingerprint = config, accelerator, fingerprint
+        self._adapters, self._layout = adapters, layout
+        self._shard = shard or Shard(accelerator.process_index, accelerator.num_processes)
+        self._audited = False
+        self.column: Column = "ref_logps" if config.ld_alpha is None else "ref_token_logps"
+
+    @functools.cached_property
+    def store(self) -> ReferenceStore:
+        root = self._config.reference_cache_dir or cache_dir() / "reference"
+        return ReferenceStore(root, self._description())
+
+    def _description(self) -> dict[str, object]:
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
+        dtype = mixed or next(self.model.parameters()).dtype
+        backend = (
+            attention_backend(self._accelerator.device, dtype)[0]
+            if self._layout == "shared"
+            else self.model.config._attn_implementation
+        )
+        return reference_description(
+            self.model,
+            adapters=self._adapters,
+            dtype=dtype,
+            attention=f"{self._layout}/{backend}",
+            weights=self._fingerprint(self.model, self._adapters),
+        )
+
+    def score(self, packed: PackedBatch) -> Tensor:
+        """Token log-probs of a packed batch on the host, fp32 [N]."""
+        was_training = self.model.training
+        self.model.eval()
+        off = contextlib.nullcontext() if self._adapters else self.model.disable_adapter()
+        with off, torch.no_grad(), self._accelerator.autocast():
+            logps = self.model(packed=packed.to(self._accelerator.device, non_blocking=True)).token_logps
+        self.model.train(was_training)
+        return logps
+
+    def compute(self, dataset: Dataset, name: str) -> None:
+        """Puts into the store what it lacks of a dataset; this process's share."""
+        run = self._pass()
+        run.over(dataset, name)
+        self._check(run.report.known)
+
+    def with_logps(self, dataset: Dataset, name: str) -> Dataset:
+        """Adds reference log-probs to a dataset; those that the store lacks are computed, by all processes together."""
+        self.compute(dataset, name)
+        self._accelerator.wait_for_everyone()
+        return self.with_stored_logps(dataset)
+
+    def with_stored_logps(self, dataset: Dataset) -> Dataset:
+        """Adds reference log-probs that the store has.
+
+        Raises:
+            ValueError: it lacks some.
+        """
+        self.store.refresh()
+        return with_reference_logps(dataset, self.store, self.column)
+
+    def with_logps_of_stream(self, dataset: IterableDataset) -> IterableDataset:
+        """Adds reference log-probs to the rows of a stream as they come; every new one is in the store from then on."""
+        run = self._pass(Shard())
+
+        def reference(groups: Sequence[PreferenceGroup]) -> pa.ListArray:
+            run.run(groups)
+            self._check(run.report.known)
+            return reference_column(groups, self.store, self.column)
+
+        return add_reference_to_stream(dataset, self.column, reference)
+
+    def keep(self) -> None:
+        """Makes the reference independent of a policy that is about to be trained: by a copy of the whole model."""
+        logger.warning(
+            "the reference of a stream stays in memory beside the model; an adapter (peft_config) needs no copy"
+        )
+        self.model = copy.deepcopy(self.model).requires_grad_(False)
+
+    def release(self) -> None:
+        """Lets go of the model; the store stays."""
+        self.model = None
+
+    def _pass(self, shard: Shard | None = None) -> ReferencePass:
+        return ReferencePass(
+            self.store,
+            self.score,
+            layout=self._layout,
+            max_tokens=self._config.max_tokens_per_micro_batch,
+            shard=shard or self._shard,
+        )
+
+    def _check(self, known: Sequence[PreferenceGroup]) -> None:
+        """Recomputes some of what the store had, once a run."""
+        if known and not self._audited:
+            audit(known, self.store, self.score, layout=self._layout)
+            self._audited = True

@@ -1,0 +1,98 @@
+"""A stream trains as the same rows in a dataset do, and its references enter the store as the rows come."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import SequentialSampler
+
+from dpo_fast.data import prepare_dataset
+from dpo_fast.streaming import prepare_stream
+from dpo_fast.trainer import DPOTrainer
+from families import tiny_tokenizer
+from test_trainer import logged, make_trainer, pairs, ranked
+
+ROWS = [
+    {"prompt": "w5 w6", "chosen": " w7 w8", "rejected": " w9"},
+    {"prompt": "w5 w6", "chosen": " w7", "rejected": " w7"},  # no signal
+    {"prompt": "w5", "chosen": " w3 w4 w5 w6 w7 w8 w9", "rejected": " w9"},  # too long
+]
+
+
+def as_stream(dataset: Dataset) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(dataset.to_list()))
+
+
+@pytest.mark.parametrize("dataset", [Dataset.from_list(ROWS), ranked(6), pairs(80)], ids=["pairs", "ranked", "many"])
+def test_a_stream_yields_the_groups_of_the_dataset(dataset):
+    options = {"max_length": 7, "comparisons": "best_vs_rest", "vocab_size": 97}
+    expected, _ = prepare_dataset(dataset, tiny_tokenizer(), **options)
+    prepared = prepare_stream(as_stream(dataset), tiny_tokenizer(), **options)
+    assert json.dumps(list(prepared)) == json.dumps(expected.to_list())
+    again = prepare_stream(as_stream(expected), tiny_tokenizer(), **options)
+    assert json.dumps(list(again)) == json.dumps(expected.to_list()), "prepared groups pass through"
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    monkeypatch.setattr(DPOTrainer, "_get_train_sampler", lambda self, dataset=None: SequentialSampler(dataset))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.5}], ids=["sigmoid", "LD-DPO"])
+def test_training_on_a_stream_is_training_on_its_rows(tmp_path, in_order, lora, options):
+    """Although the policy moves away from what the reference is while rows are yet to come."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
+    options = {"max_steps": 22, "learning_rate": 3e-3, "peft_config": config, **options}
+    dataset = pairs(88)  # more than are scored at once
+    known = make_trainer(tmp_path / "dataset", dataset, **options)
+    known.train()
+    stream = make_trainer(tmp_path / "stream", as_stream(dataset), **options)
+    assert stream.reference.store.computed == 0
+    stream.train()
+    assert logged(stream, "loss") == pytest.approx(logged(known, "loss"), rel=1e-4, abs=1e-6)
+    assert logged(stream, "rewards/margins")[-1] != pytest.approx(0.0, abs=1e-3)
+    assert stream.reference.store.computed == 176
+    if not lora:
+        policy, reference = (next(model.parameters()) for model in (stream.model, stream.reference.model))
+        assert not torch.equal(policy, reference) and not reference.requires_grad
+
+
+def test_what_a_stream_has_computed_is_in_the_store_for_the_next(tmp_path):
+    dataset = pairs(8)
+    first = make_trainer(tmp_path, as_stream(dataset), max_steps=2)
+    first.train()
+    first.reference.store.close()
+    again = make_trainer(tmp_path, as_stream(dataset), max_steps=2, eval_dataset=as_stream(pairs(4, seed=3)))
+    again.train()
+    assert again.reference.store.computed == 0
+    assert "eval_loss" in again.evaluate() and again.reference.store.computed == 8
+    assert make_trainer(tmp_path, dataset).reference.store.computed == 0
+
+
+def test_what_depends_on_all_rows_is_refused(tmp_path):
+    stream = as_stream(pairs(4))
+    with pytest.raises(ValueError, match="group_by_prompt: the train dataset is a stream"):
+        make_trainer(tmp_path, stream, group_by_prompt=True)
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer(tmp_path, stream, max_steps=-1)
+    with_offset = as_stream(Dataset.from_list([{**ROWS[0], "offset": 1.0}]))
+    with pytest.raises(ValueError, match="offset: the train dataset has offsets"):
+        make_trainer(tmp_path, with_offset, loss_type="ipo")
+    with pytest.raises(ValueError, match="the train stream has no rows"):
+        make_trainer(tmp_path, IterableDataset.from_generator(lambda: iter(())))
+    with pytest.raises(ValueError, match="matches no format|format"):
+        make_trainer(tmp_path, as_stream(Dataset.from_list([{"text": "a"}])))
+
+
+def test_reference_log_probs_of_a_row_that_was_cut_are_refused():
+    rows = [{**row, "ref_chosen_logps": -3.0, "ref_rejected_logps": -1.0} for row in ROWS]
+    short = prepare_stream(as_stream(Dataset.from_list(rows[:2])), tiny_tokenizer(), max_length=7)
+    assert [row["ref_logps"] for row in short] == [[-3.0, -1.0]]
+    cut = prepare_stream(as_stream(Dataset.from_list(rows)), tiny_tokenizer(), max_length=7)
+    with pytest.raises(ValueError, match="a row of the stream was cut to max_length"):
+        list(cut)
