@@ -57,7 +57,7 @@ def main(argv: list[str], fill: Callable[[list[str], int, int], int]) -> int:
 
 
 def _info(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.store import info
+    from dpo_fast.reference.maintenance import info
 
     stores = info(root)
     for store in stores:
@@ -74,7 +74,7 @@ def _info(root: str, options: argparse.Namespace) -> int:
 
 
 def _folders(root: str, options: argparse.Namespace) -> list[str]:
-    from dpo_fast.reference.store import info
+    from dpo_fast.reference.maintenance import info
 
     folders = {Path(store.folder).name: store.folder for store in info(root)}
     if options.store is not None and options.store not in folders:
@@ -83,7 +83,7 @@ def _folders(root: str, options: argparse.Namespace) -> list[str]:
 
 
 def _verify(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.store import verify
+    from dpo_fast.reference.maintenance import verify
 
     damaged = 0
     for folder in _folders(root, options):
@@ -97,7 +97,7 @@ def _verify(root: str, options: argparse.Namespace) -> int:
 
 
 def _prune(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.store import prune
+    from dpo_fast.reference.maintenance import prune
 
     removed, size = prune(root, options.prune, options.dry_run)
     for path in removed:
@@ -109,7 +109,7 @@ def _prune(root: str, options: argparse.Namespace) -> int:
 
 
 def _export(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.store import export
+    from dpo_fast.reference.maintenance import export
 
     folders = _folders(root, options)
     if len(folders) != 1:

@@ -1,4 +1,4 @@
-"""The command line: `dpo-fast train | cache | demo | doctor`.
+"""The command line: `dpo-fast train | cache | score | demo | doctor`.
 
 Everything that can be seen to be wrong before a model is loaded is reported before. A mistake in the input ends with
 status 2 and one line on stderr; a traceback means a bug.
@@ -176,6 +176,25 @@ def cache(argv: list[str]) -> int:
     return main(argv, fill)
 
 
+def score(argv: list[str]) -> int:
+    from dpo_fast.score_command import check, parser
+    from dpo_fast.score_command import score as run
+
+    options, rest = parser().parse_known_args(argv)
+    from dpo_fast.arguments import parse_train_arguments
+
+    arguments = parse_train_arguments(rest)
+    check_paths(arguments)
+    check(options)
+    if needs_launcher(arguments):
+        launch(arguments, ("score", *argv))
+
+    from dpo_fast.data import load_preference_dataset
+
+    dataset = load_preference_dataset(arguments.data.dataset_name, config_name=arguments.data.dataset_config)
+    return run(options, arguments, _split(dataset, options.split, "--split"))
+
+
 def _split(dataset: Any, name: str, flag: str) -> Any:
     splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     if name not in splits:
@@ -201,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("train", add_help=False, help="train a model on preferences; flags are those of `trl dpo`")
     commands.add_parser("cache", add_help=False, help="compute reference log-probs ahead, or look after those kept")
+    commands.add_parser("score", add_help=False, help="the rewards that a trained model gives to preferences")
     show = commands.add_parser(
         "demo", help="train a small model on the preferences in this package and show the change"
     )
@@ -220,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["train"], ["cache"]):
-            return {"train": train, "cache": cache}[argv[0]](argv[1:])
+        if argv[:1] in (["train"], ["cache"], ["score"]):
+            return {"train": train, "cache": cache, "score": score}[argv[0]](argv[1:])
         options = _parser().parse_args(argv)
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
@@ -237,7 +257,9 @@ def _is_input_mistake(error: Exception) -> bool:
     if isinstance(error, ImportError) and (error.name or "").startswith("dpo_fast"):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    prepares = any(frame.f_code in (prepare.__code__, cache.__code__, doctor.__code__) for frame in frames)
+    prepares = any(
+        frame.f_code in (prepare.__code__, cache.__code__, score.__code__, doctor.__code__) for frame in frames
+    )
     refused = frames[-1].f_globals.get("__name__", "").startswith("dpo_fast")
     return prepares or refused or isinstance(error, ModuleNotFoundError)
 

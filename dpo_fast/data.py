@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -72,6 +72,7 @@ class DataSummary:
         dropped: reason → rows dropped. A reason that ends in "in a group that stays" counts single comparisons.
         truncated: completions that exceeded max_length together with their prompt, so that either was cut.
         lost_eos: completions that lost their last end-of-sequence token in that cut.
+        kept: which rows (merged ones, if rows were merged) the groups came from, int64 [groups].
     """
 
     rows: int
@@ -81,6 +82,7 @@ class DataSummary:
     dropped: dict[str, int]
     truncated: int
     lost_eos: int
+    kept: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         made = f"{self.groups} groups, {self.completions} completions, {self.comparisons} comparisons"
@@ -245,7 +247,7 @@ class _MergeRows:
 
     def __call__(self, first: dict[str, Any], index: int) -> dict[str, Any]:
         completions: dict[tuple[int, ...], int] = {}
-        references: dict[str, list] = {field: [] for field in REFERENCE_FIELDS}
+        references: dict[str, list] = {column: [] for column in REFERENCE_FIELDS}
         scores: dict[int, list[float]] = defaultdict(list)
         weights: dict[tuple[int, int, float], float] = defaultdict(float)
         for member in self.members[index]:
@@ -254,9 +256,9 @@ class _MergeRows:
             place = []
             for k, (context, ids) in enumerate(zip(group.contexts, group.completion_ids, strict=True)):
                 key = (context, *ids)
-                for field, values in references.items():
-                    if key not in completions and getattr(group, field) is not None:
-                        values.append(getattr(group, field)[k])
+                for column, values in references.items():
+                    if key not in completions and getattr(group, column) is not None:
+                        values.append(getattr(group, column)[k])
                 place.append(completions.setdefault(key, len(completions)))
                 if group.completion_scores is not None:
                     scores[place[k]].append(group.completion_scores[k])
@@ -326,6 +328,7 @@ def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
         dropped=dict(reasons),
         truncated=counts["truncated"],
         lost_eos=counts["lost_eos"],
+        kept=np.array(kept, np.int64),
     )
     return summary, kept
 

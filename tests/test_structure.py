@@ -21,9 +21,9 @@ LAYERS = (
     {"data", "formats", "loading", "tokenization", "truncation"}
     | {"models", "checkpoints", "collator", "coupling", "sampler", "forward", "fused_linear"}
     | {"metrics", "group_metrics", "running_margin"}
-    | {"streaming", "reference"},
+    | {"streaming", "reference", "scoring"},
     {"trainer"},
-    {"cli", "arguments", "cache_command", "doctor", "demo", "integrations"},
+    {"cli", "arguments", "cache_command", "score_command", "doctor", "demo", "integrations"},
 )
 ENTRIES = {"cli", "integrations"}
 

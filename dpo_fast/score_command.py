@@ -1,0 +1,89 @@
+"""`dpo-fast score`: the rewards that a trained model gives to preferences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_fast.arguments import TrainArguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags that `score` has besides those of `train`."""
+    parser = argparse.ArgumentParser(
+        prog="dpo-fast score",
+        usage="dpo-fast score --model MODEL [--ref_model MODEL] --dataset DATASET [options of dpo-fast train]",
+        description="Score preferences with the reward that DPO training implies, beta times log-prob over reference.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ref_model", help="what the model was trained from; unset, the model without its adapter")
+    parser.add_argument("--split", default="train", help="split to score (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="write a row for each row of the data: .jsonl or .parquet")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what can be seen to be wrong before a model is loaded."""
+    from dpo_fast.models import check_model_path
+
+    if options.output is not None and Path(options.output).suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output {options.output}: give a name that ends in .jsonl or .parquet.")
+    if options.ref_model is not None:
+        check_model_path(options.ref_model)
+
+
+def score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) -> int:
+    """Loads the models, scores and prints; the first process writes the file."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
+
+    from dpo_fast.scoring import implicit_rewards
+
+    config, name = arguments.config, arguments.model.model_name_or_path
+    model = _load(name, arguments)
+    ref_model = None if options.ref_model is None else _load(options.ref_model, arguments)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    found = implicit_rewards(model, dataset, tokenizer, config, ref_model, name=options.split)
+    if PartialState().is_main_process:
+        if options.output is not None:
+            _write(found.rows(), Path(options.output))
+        print(f"{options.split}: {found.summary}")
+        print(f"accuracy  {found.accuracy}\nmargin    {found.margin}    (95 % confidence)")
+    return 0
+
+
+def _load(name: str, arguments: TrainArguments) -> Any:
+    from dpo_fast.models import load_model
+
+    if not Path(name, "adapter_config.json").is_file():
+        return load_model(name, arguments.config, arguments.model.quantization_config())
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    dtype = arguments.model.dtype
+    return AutoPeftModelForCausalLM.from_pretrained(
+        name, dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype)
+    )
+
+
+def _write(rows: Any, path: Path) -> None:
+    from dpo_fast.reference.files import Folder
+
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(list(rows)), sink, compression="zstd")
+        text = sink.getvalue().to_pybytes()
+
+    def fill(file) -> str:
+        file.write(text)
+        return path.name
+
+    Folder(path.parent).write(fill)
