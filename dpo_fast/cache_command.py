@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str], fill: Callable[[list[str], int, int], int]) -> int:
     """Runs `dpo-fast cache`; `fill(train flags, shard, shards)` computes what is missing."""
     options, rest = parser().parse_known_args(argv)
-    chosen = [name for name in ("info", "verify", "prune", "export") if getattr(options, name) not in (None, False)]
+    values = {name: getattr(options, name) for name in ("info", "verify", "prune", "export")}
+    chosen = [name for name, value in values.items() if value is not None and value is not False]
     if len(chosen) > 1:
         raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
     if not chosen:
