@@ -65,6 +65,7 @@ def main() -> None:
         _receive("dpo_fast again", pipe)
         pipe.send("all")
         again = _receive("dpo_fast again", pipe)
+        pipe.send(None)
     _check(turns)
     result = _summary(options, turns, again)
     path = write_result(f"reference-fp32-len{options.max_length}-vs-trl", result, options.out)
