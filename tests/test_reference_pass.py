@@ -221,13 +221,30 @@ def some_groups(count: int = 4) -> list[PreferenceGroup]:
 
 
 def test_the_audit_allows_rounding_and_nothing_else(store):
-    dataset = rows(4)
-    run(dataset, store, Model(rounding=1e-5))
-    audit(some_groups(), store, Model(rounding=1e-5), layout="shared")
-    with pytest.raises(ValueError, match="holds a reference log-prob of .* Remove the folder"):
-        audit(some_groups(), store, lambda packed: Model(rounding=1e-5)(packed) - 0.01, layout="shared")
-    with pytest.raises(ValueError, match="holds a reference log-prob"):
-        audit(some_groups(), store, lambda packed: Model()(packed) * float("nan"), layout="shared")
+    """What rounding may do is what a second run in another batch shows."""
+    run(rows(4), store, Model(rounding=0.0))
+
+    def score(off: float, rounding: float = 0.0):
+        return lambda packed: (
+            Model(rounding=0.0)(packed) + off + (rounding if len(packed.completion_lengths) > 8 else 0.0)
+        )
+
+    audit(some_groups(), store, score(0.0), layout="shared")
+    audit(some_groups(), store, score(1e-6), layout="shared")
+    audit(some_groups(), store, score(2e-4, rounding=1e-4), layout="shared")
+    for wrong in (score(2e-4), score(0.01, rounding=1e-4), score(float("nan"))):
+        with pytest.raises(ValueError, match="holds a reference log-prob of .* Remove the folder"):
+            audit(some_groups(), store, wrong, layout="shared")
+
+
+def test_the_audit_runs_few_tokens(store):
+    dataset = Dataset.from_list(
+        [{"prompt_ids": [1] * n, "completion_ids": [[2] * 9, [3]]} for n in (300, 400, 100, 350)]
+    )
+    run(dataset, store, Model(rounding=0.0))
+    model = Model(rounding=0.0)
+    audit([PreferenceGroup.from_row(row) for row in dataset], store, model, layout="shared")
+    assert [packed.num_tokens for packed in model.batches] == [420]
 
 
 def test_what_was_in_the_store_before_is_offered_for_the_audit(store):
