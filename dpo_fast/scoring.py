@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import DataSummary, prepare_dataset
+from dpo_fast.data import DataSummary
 from dpo_fast.models import disable_dropout, prepare_forward
+from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.model import Reference
 
 
@@ -86,16 +87,8 @@ def implicit_rewards(
         )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
-    groups, summary = prepare_dataset(
-        dataset,
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        comparisons=config.comparisons,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        num_proc=config.dataset_num_proc,
-        name=name,
-    )
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    groups, summary = prepare_preferences(dataset, tokenizer, config, vocab_size=vocab_size, name=name)
     groups = groups.remove_columns([column for column in ("ref_logps", "ref_token_logps") if column in groups.features])
     logps, ref_logps = (
         _log_probs(scored, groups, config, accelerator, adapters=adapters, name=f"{name} ({role})")

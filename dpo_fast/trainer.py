@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
-from dpo_fast.data import DataSummary, prepare_dataset
+from dpo_fast.data import DataSummary
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
@@ -42,19 +42,16 @@ from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.losses import (
     COUPLED,
     REFERENCE_FREE,
-    SORTED,
-    WITH_OFFSETS,
     LossParameters,
-    heeds,
 )
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.objective import Objective
+from dpo_fast.preparation import column_names, prepare_preferences
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
 from dpo_fast.running_margin import RunningMargin
-from dpo_fast.streaming import prepare_stream
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
@@ -192,41 +189,18 @@ class DPOTrainer(Trainer):
     # ---- data and reference ----
 
     def _tokenized(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        args = self._config
-        if isinstance(dataset, IterableDataset):
-            if args.group_by_prompt:
-                raise ValueError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
-            _check_offsets(args.loss_mix, "offset" in _columns(dataset), name)
-            return prepare_stream(
-                dataset,
-                self._tokenizer,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                comparisons=args.comparisons,
-                vocab_size=self._vocab_size,
-                name=name,
+        with self._config.main_process_first(local=False, desc=f"tokenizing {name}"):
+            dataset, summary = prepare_preferences(
+                dataset, self._tokenizer, self._config, vocab_size=self._vocab_size, name=name
             )
-        with args.main_process_first(local=False, desc=f"tokenizing {name}"):
-            dataset, summary = prepare_dataset(
-                dataset,
-                self._tokenizer,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                comparisons=args.comparisons,
-                group_by_prompt=args.group_by_prompt,
-                vocab_size=self._vocab_size,
-                num_proc=args.dataset_num_proc,
-                name=name,
-            )
-        _check_offsets(args.loss_mix, "comparison_offsets" in dataset.column_names, name)
-        _check_weights(args.loss_mix, dataset, name)
-        self.data_summaries[name] = summary
-        logger.info("%s: %s", name, summary)
+        if summary is not None:
+            self.data_summaries[name] = summary
+            logger.info("%s: %s", name, summary)
         return dataset
 
     def _with_reference(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
-        if self.reference is None or self.reference.column in (columns := _columns(dataset)):
+        if self.reference is None or self.reference.column in (columns := column_names(dataset)):
             return dataset
         if "ref_logps" in columns:
             raise ValueError(
@@ -268,7 +242,15 @@ class DPOTrainer(Trainer):
             check_checkpoint(self.accelerator.unwrap_model(self.model), folder)
             if self._running_margin is not None:
                 self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)))
-        return super().train(folder, *args, **kwargs)
+        try:
+            return super().train(folder, *args, **kwargs)
+        finally:
+            self._keep_references_of_streams()
+
+    def _keep_references_of_streams(self) -> None:
+        """Writes what the store has in memory alone: the last rows of a stream."""
+        if self.reference is not None and self._streams:
+            self.reference.store.close()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
@@ -386,14 +368,16 @@ class DPOTrainer(Trainer):
         """
         if isinstance(eval_dataset, Dataset | IterableDataset | dict):
             eval_dataset = _map_datasets(eval_dataset, self._prepare_held_out)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._keep_references_of_streams()
+        return metrics
 
     def _prepare_held_out(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        if self.reference is not None and self.reference.column in _columns(dataset):
+        if self.reference is not None and self.reference.column in column_names(dataset):
             return dataset
         dataset = self._tokenized(dataset, name)
         gone = self._own_reference or (self.state.global_step and not self._new_adapter)
-        if self.reference is None or not gone or self._streams or self.reference.column in _columns(dataset):
+        if self.reference is None or not gone or self._streams or self.reference.column in column_names(dataset):
             return self._with_reference(dataset, name)
         try:
             return self.reference.with_stored_logps(dataset)
@@ -437,34 +421,8 @@ class DPOTrainer(Trainer):
         return self._parameter_count
 
 
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; a stream that does not know them shows its first row."""
-    return dataset.column_names or list(next(iter(dataset), {}))
-
-
 def _map_datasets(datasets: Any, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]):
     """Applies `function` to a dataset and its name, or to every one of a dict; None stays None."""
     if isinstance(datasets, dict):
         return {name: function(dataset, name) for name, dataset in datasets.items()}
     return None if datasets is None else function(datasets, "eval")
-
-
-def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:
-    """Refuses offsets that no loss heeds."""
-    if given and not any(heeds(loss, WITH_OFFSETS) for loss in losses):
-        raise ValueError(
-            f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
-            f"column, or choose from {list(WITH_OFFSETS)}"
-        )
-
-
-def _check_weights(losses: Collection[str], dataset: Dataset, name: str) -> None:
-    """Refuses weights that sorting losses cannot tell apart."""
-    if set(losses) & set(SORTED):
-        weights = {weight for row in dataset["comparison_weights"] for weight in row}
-        if len(weights) > 1:
-            raise ValueError(
-                f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(SORTED)} "
-                "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
-                f"these losses out of loss_type={list(losses)}"
-            )

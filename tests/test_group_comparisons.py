@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from statistics import fmean
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.data import load_preference_dataset
 from dpo_fast.formats import _cycle, comparisons_from_scores, detect_format
 from dpo_fast.groups import PreferenceGroup, pack
+from dpo_fast.preparation import prepare_preferences
 from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.trainer import DPOTrainer
 from dpo_fast.truncation import COMPARISON_CHOICES, choose_comparisons, keep_signal, truncate
 from test_data import CONVERSATIONS, PAIR, REFERENCE, TOKENIZER, prepare, text, texts, tokenized
 
@@ -118,14 +117,14 @@ def test_another_choice_of_comparisons_reuses_the_tokens(tmp_path, monkeypatch):
     assert named(prepare(dataset, comparisons="best_vs_worst")[0][0]) == CHOSEN["best_vs_worst"]
 
 
-def test_an_unknown_choice_is_refused_and_the_trainer_hands_on_a_known_one(tmp_path):
+def test_an_unknown_choice_is_refused_and_the_configuration_hands_on_a_known_one(tmp_path):
     with pytest.raises(ValueError, match="comparisons: 'best' is unknown; use one of all_pairs, best_vs_rest"):
         prepare([RANKED], comparisons="best")
     with pytest.raises(ValueError, match="comparisons='best' is not known; choose from .*'best_vs_worst'"):
         DPOConfig(output_dir=str(tmp_path), report_to="none", comparisons="best")
     config = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, comparisons="best_vs_worst")
-    trainer = SimpleNamespace(_config=config, _tokenizer=TOKENIZER, _vocab_size=300, data_summaries={})
-    assert named(DPOTrainer._tokenized(trainer, Dataset.from_list([RANKED]), "train")[0]) == ["bc"]
+    groups, _ = prepare_preferences(Dataset.from_list([RANKED]), TOKENIZER, config, vocab_size=300, name="train")
+    assert named(groups[0]) == ["bc"]
 
 
 # Weights

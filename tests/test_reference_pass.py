@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -253,3 +257,49 @@ def test_what_was_in_the_store_before_is_offered_for_the_audit(store):
     known = run(Dataset.from_list([*dataset, *rows(5, seed=7)]), store, Model()).report.known
     prompts = [row["prompt_ids"] for row in dataset]
     assert len(known) == 4 and all(list(group.prompt_ids) in prompts for group in known)
+
+
+# A pass in a process of its own: parts of 20 rows, a pause in every batch, each completion that ran noted in a file.
+
+
+def slow_pass(root: str, noted: str, pause: float) -> None:
+    from dpo_fast.reference import store as store_module
+
+    torch.set_num_threads(1)
+    store_module.ROWS_PER_PART = 20
+    notes = os.open(noted, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    model = Model()
+
+    def score(packed: PackedBatch) -> torch.Tensor:
+        time.sleep(pause)
+        os.write(notes, b"1\n" * len(packed.completion_lengths))
+        return model(packed)
+
+    run(rows(250), ReferenceStore(root, {}), score)
+
+
+def test_a_pass_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path):
+    """And repeats at most a part and the two batches that are under way, each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_reference_pass"])
+    root, noted, generator, kills = tmp_path / "killed", tmp_path / "noted", random.Random(0), 0
+    while True:
+        process = context.Process(target=slow_pass, args=(str(root), str(noted), 0.004 if kills < 20 else 0.0))
+        process.start()
+        process.join(None if kills == 20 else generator.uniform(0.05, 0.35))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert kills > 10, "of a pass that takes seconds"
+    whole, killed = ReferenceStore(tmp_path / "whole", {}), ReferenceStore(root, {})
+    run(rows(250), whole, Model())
+    keys = key_array([key for row in rows(250) for key in group_keys(PreferenceGroup.from_row(row))])
+    assert np.array_equal(whole.lookup(keys)[1], killed.lookup(keys)[1])
+    tokens = zip(whole.token_logps(keys), killed.token_logps(keys), strict=True)
+    assert all(np.array_equal(one, other) for one, other in tokens)
+    ran = len(noted.read_text().split())
+    batch = 2 * 100 // 14  # completions, about
+    assert ran - 500 <= kills * (2 * 20 + 2 * batch), f"{ran - 500} completions ran again after {kills} kills"

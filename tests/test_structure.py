@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "formats", "loading", "tokenization", "truncation"}
     | {"models", "checkpoints", "collator", "coupling", "sampler", "forward", "fused_linear"}
     | {"metrics", "group_metrics", "running_margin"}
-    | {"streaming", "reference", "scoring"},
+    | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
     {"cli", "arguments", "cache_command", "score_command", "doctor", "demo", "integrations"},
 )
