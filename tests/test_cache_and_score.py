@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -159,3 +162,16 @@ def test_intervals_are_those_of_the_textbook():
         error = 1.96 * math.sqrt(0.64 * 10 / 9) / math.sqrt(10)
         assert (margin.mean, margin.low, margin.high) == pytest.approx((0.6, 0.6 - error, 0.6 + error))
     assert math.isinf(_intervals(groups([1.0]))[1].high)
+
+
+@pytest.mark.slow
+def test_cache_runs_under_a_launcher(folder):
+    """`accelerate launch` is started by the flags that are its own; every process computes a share."""
+    command = [sys.executable, "-m", "dpo_fast.cli", "cache", *MODEL, "--num_processes", "2", "--cpu"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    counts = int(run.stdout.split(" reference log-probs computed")[0].split()[-1])
+    assert 10 < counts < 50, "one of two shares"
+    assert sum(store.rows for store in info("cache/reference")) == 60

@@ -165,3 +165,12 @@ def test_two_ranks_share_the_pass_and_one_finds_it_done(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("computed its share") == 2
     assert computed(tmp_path, pairs(40, seed=4)) == 0
+
+
+def test_sums_that_the_rows_bring_do_not_do_for_ld_dpo(tmp_path):
+    count = len(ROWS)
+    rows = ROWS.add_column("ref_chosen_logps", [-9.0] * count).add_column("ref_rejected_logps", [-8.0] * count)
+    trainer = make_trainer(tmp_path, rows)
+    assert trainer.train_dataset["ref_logps"][:] == [[-9.0, -8.0]] * count, "they are taken as they are"
+    with pytest.raises(ValueError, match="ref_chosen_logps: the train dataset has sums .* ld_alpha=0.5"):
+        make_trainer(tmp_path, rows, ld_alpha=0.5)

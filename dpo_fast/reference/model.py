@@ -157,7 +157,8 @@ class Reference:
         self.model = copy.deepcopy(self.model).requires_grad_(False)
 
     def release(self) -> None:
-        """Lets go of the model; the store stays."""
+        """Lets go of the model; the store, which is named after it, stays."""
+        self.store  # noqa: B018 (opened while the model is there)
         self.model = None
 
     def _pass(self, shard: Shard | None = None) -> ReferencePass:
