@@ -165,13 +165,13 @@ def test_intervals_are_those_of_the_textbook():
 
 
 @pytest.mark.slow
-def test_cache_runs_under_a_launcher(folder):
-    """`accelerate launch` is started by the flags that are its own; every process computes a share."""
-    command = [sys.executable, "-m", "dpo_fast.cli", "cache", *MODEL, "--num_processes", "2", "--cpu"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONSAFEPATH": "1"}
-    )
+def test_cache_runs_under_torchrun(folder):
+    """Every process computes a share, and what the first one prints is its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    command = [*torchrun, sys.executable, "-m", "dpo_fast.cli", "cache", *MODEL]
+    surroundings = {**os.environ, "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=surroundings)
     assert run.returncode == 0, run.stderr[-3000:]
-    counts = int(run.stdout.split(" reference log-probs computed")[0].split()[-1])
-    assert 10 < counts < 50, "one of two shares"
+    computed = int(run.stdout.split(" reference log-probs computed")[0].split()[-1])
+    assert 10 < computed < 50, "one of two shares"
     assert sum(store.rows for store in info("cache/reference")) == 60
