@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from dpo_fast.forward import PackedOutput, add_dpo_forward
     from dpo_fast.fused_linear import FusedLinearDPOLoss
     from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
-    from dpo_fast.losses import LOSSES, Comparisons, LossParameters, preference_loss
+    from dpo_fast.integrations.trl import patch_trl, unpatch_trl
+    from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
+    from dpo_fast.objective import Objective
+    from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
 
 _MODULES = {
@@ -27,7 +30,10 @@ _MODULES = {
     "forward": ("PackedOutput", "add_dpo_forward"),
     "fused_linear": ("FusedLinearDPOLoss",),
     "groups": ("PackedBatch", "PreferenceGroup", "pack"),
+    "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
+    "objective": ("Objective",),
+    "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -40,15 +46,19 @@ __all__ = [
     "DPOTrainer",
     "FusedLinearDPOLoss",
     "LossParameters",
+    "Objective",
     "PackedBatch",
     "PackedOutput",
     "PreferenceGroup",
     "add_dpo_forward",
     "dpo_loss",
+    "implicit_rewards",
     "load_preference_dataset",
     "pack",
+    "patch_trl",
     "preference_loss",
     "prepare_dataset",
+    "unpatch_trl",
     "use_shared_prefix",
 ]
 

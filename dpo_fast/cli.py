@@ -1,4 +1,4 @@
-"""The command line: `dpo-fast train | cache | score | demo | doctor`.
+"""The command line: `dpo-fast train | cache | score | run | demo | doctor`.
 
 Everything that can be seen to be wrong before a model is loaded is reported before. A mistake in the input ends with
 status 2 and one line on stderr; a traceback means a bug.
@@ -177,22 +177,27 @@ def cache(argv: list[str]) -> int:
 
 
 def score(argv: list[str]) -> int:
-    from dpo_fast.score_command import check, parser
-    from dpo_fast.score_command import score as run
+    from dpo_fast import score_command
 
-    options, rest = parser().parse_known_args(argv)
+    options, rest = score_command.parser().parse_known_args(argv)
     from dpo_fast.arguments import parse_train_arguments
 
     arguments = parse_train_arguments(rest)
     check_paths(arguments)
-    check(options)
+    score_command.check(options)
     if needs_launcher(arguments):
         launch(arguments, ("score", *argv))
 
     from dpo_fast.data import load_preference_dataset
 
     dataset = load_preference_dataset(arguments.data.dataset_name, config_name=arguments.data.dataset_config)
-    return run(options, arguments, _split(dataset, options.split, "--split"))
+    return score_command.score(options, arguments, _split(dataset, options.split, "--split"))
+
+
+def run(argv: list[str]) -> NoReturn:
+    from dpo_fast.run_command import main
+
+    main(argv)
 
 
 def _split(dataset: Any, name: str, flag: str) -> Any:
@@ -221,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", add_help=False, help="train a model on preferences; flags are those of `trl dpo`")
     commands.add_parser("cache", add_help=False, help="compute reference log-probs ahead, or look after those kept")
     commands.add_parser("score", add_help=False, help="the rewards that a trained model gives to preferences")
+    commands.add_parser("run", add_help=False, help="run a program with TRL accelerated: dpo-fast run -- trl dpo …")
     show = commands.add_parser(
         "demo", help="train a small model on the preferences in this package and show the change"
     )
@@ -240,8 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["train"], ["cache"], ["score"]):
-            return {"train": train, "cache": cache, "score": score}[argv[0]](argv[1:])
+        taking_other_flags = {"train": train, "cache": cache, "score": score, "run": run}
+        if argv and argv[0] in taking_other_flags:
+            return taking_other_flags[argv[0]](argv[1:])
         options = _parser().parse_args(argv)
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:

@@ -23,7 +23,7 @@ LAYERS = (
     | {"metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
-    {"cli", "arguments", "cache_command", "score_command", "doctor", "demo", "integrations"},
+    {"cli", "arguments", "cache_command", "score_command", "run_command", "doctor", "demo", "integrations"},
 )
 ENTRIES = {"cli", "integrations"}
 

@@ -1,0 +1,120 @@
+"""Reference log-probs for TRL's trainer: for `precompute_ref_log_probs=True` the store's, else the live model's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
+from dpo_fast.integrations.trl_batches import PackingCollator, by_pair, pair_groups
+from dpo_fast.pieces import by_completion
+from dpo_fast.reference.model import Reference
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_ROWS_AT_ONCE = 256  # that are padded together on the host
+
+
+@dataclass(frozen=True)
+class _StoreOptions:
+    """What `Reference` reads of a configuration."""
+
+    ld_alpha: float | None
+    reference_cache_dir: str | None = None
+    max_tokens_per_micro_batch: int | None = None
+
+
+def _reference_adapter(trainer: DPOTrainer) -> contextlib.AbstractContextManager[None]:
+    """Within it the policy's adapters are the reference's: a copy named `ref` of the one that is trained, or none."""
+    if trainer.ref_model is not None or not is_peft_model(trainer.model):
+        return contextlib.nullcontext()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+
+
+# ---- up front, from the store ----
+
+
+def with_stored_reference(trainer: DPOTrainer, dataset: Dataset, name: str, layout: Layout) -> Dataset:
+    """`dataset` with columns `ref_chosen_logps` and `ref_rejected_logps`, fp32; what the store lacks is computed.
+
+    Raises:
+        CannotPackError: the collator's batches are none of right-padded pairs.
+    """
+    collator = trainer.data_collator
+    groups = _groups_of(dataset, collator.collator if isinstance(collator, PackingCollator) else collator)
+    model = trainer.ref_model or trainer.model
+    adapters = trainer.ref_model is not None or "ref" in getattr(model, "peft_config", {})
+    with _reference_adapter(trainer) if adapters else contextlib.nullcontext():
+        reference = Reference(
+            model,
+            _StoreOptions(trainer.ld_alpha),
+            trainer.accelerator,
+            adapters=adapters or not is_peft_model(model),
+            layout=layout,
+        )
+        found = reference.with_logps(groups, name)[reference.column]
+    sums = found if trainer.ld_alpha is None else (_discounted(row, trainer.ld_alpha) for row in found)
+    values = (pa.array(side, pa.float32()) for side in zip(*sums, strict=True))
+    dataset = dataset.remove_columns([column for column in COLUMNS if column in dataset.column_names])
+    return concatenate_datasets([dataset, Dataset(pa.table(dict(zip(COLUMNS, values, strict=True))))], axis=1)
+
+
+def _groups_of(dataset: Dataset, collator: Any) -> Dataset:
+    """The pairs that the trainer's own collator makes of the rows, truncated as in training."""
+    tables = []
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        columns = dataset[start : start + _ROWS_AT_ONCE]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        tables.append(_table(pair_groups(collator(rows))))
+    return Dataset(pa.concat_tables(tables))
+
+
+def _table(groups: Sequence[PreferenceGroup]) -> pa.Table:
+    ids = pa.list_(pa.int32())
+    return pa.table(
+        {
+            "prompt_ids": pa.array([group.prompt_ids for group in groups], ids),
+            "completion_ids": pa.array([group.completion_ids for group in groups], pa.list_(ids)),
+            "context_lengths": pa.array([group.contexts for group in groups], ids),
+        }
+    )
+
+
+def _discounted(token_logps: Sequence[Sequence[float]], alpha: float) -> Iterator[float]:
+    """Sums of a pair's token log-probs as LD-DPO (arXiv 2409.06411) takes them: α beyond the shorter one's length."""
+    shorter = min(map(len, token_logps))
+    for logps in token_logps:
+        yield float(np.sum(logps[:shorter]) + alpha * np.sum(logps[shorter:]))
+
+
+# ---- batch by batch ----
+
+
+def with_reference(trainer: DPOTrainer, packed: PackedBatch, inputs: Mapping[str, Any]) -> Tensor:
+    """Reference log-probs of a packed batch, fp32 [S], or [S, J] where completions are cut into pieces."""
+    if trainer.precompute_ref_logps:
+        sums = by_pair(*(inputs[column] for column in COLUMNS)).float()
+        if packed.pieces is None:
+            return sums
+        # The parts are added up already: the first piece, which always counts in full, stands for all.
+        others = sums.new_zeros(len(sums), packed.pieces.shape[1] - 1)
+        return torch.cat([sums[:, None], others], dim=1)
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model
+    no_recomputation = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
+    with torch.no_grad(), no_recomputation, _reference_adapter(trainer):
+        logps = model(packed=packed).logps
+    return logps if packed.pieces is None else by_completion(logps, packed.pieces)

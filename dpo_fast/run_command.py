@@ -1,0 +1,46 @@
+"""Runs a program with TRL accelerated: `dpo-fast run -- trl dpo …`, `dpo-fast run -- accelerate launch train.py …`.
+
+The program takes this process's place. It and every Python process that it starts find `integrations/startup` on
+PYTHONPATH, whose `sitecustomize` calls `patch_trl` as soon as TRL is imported while DPO_FAST_PATCH_TRL is 1. So it
+reaches the processes of any launcher, and no file of the program changes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+PATCH_VARIABLE = "DPO_FAST_PATCH_TRL"
+STARTUP = Path(__file__).resolve().parent / "integrations" / "startup"
+
+
+def patching_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment`, with what makes Python processes in it patch TRL."""
+    others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != STARTUP]
+    return {**environment, PATCH_VARIABLE: "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), *others])}
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Becomes the program `argv`, with or without a leading `--`. Programs beside this Python's own are found first.
+
+    Raises:
+        ValueError: there is no such program.
+    """
+    command = list(argv[1:] if argv[:1] == ["--"] else argv)
+    if not command:
+        raise ValueError("program: none given; name one with its arguments, as in `dpo-fast run -- trl dpo --config …`")
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    program = shutil.which(command[0], path=search)
+    if program is None:
+        raise ValueError(f"program: {command[0]!r} is not found; give its path, or for a script `python {command[0]}`")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(program, command, patching_environment(os.environ))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
