@@ -34,6 +34,8 @@ def _attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: returns ([1, T, Hq, Dv], None)."""
+    if prefix is None and softcap is not None:  # which SDPA would leave out
+        return _softcapped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap), None
     if prefix is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -42,6 +44,28 @@ def _attention_forward(
         raise ValueError(f"attention dropout is {dropout}; the shared layout has none: set disable_dropout=True")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return prefix_attention(q, k, v, prefix, scale=scaling, window=sliding_window, softcap=softcap)[None], None
+
+
+def _softcapped_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, Hq, T, D]
+    key: Tensor,  # [B, Hkv, S, D]
+    value: Tensor,  # [B, Hkv, S, Dv]
+    attention_mask: Tensor | None,  # bool [B, 1, T, S], True where attended; None for plain causal
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+) -> Tensor:  # [B, T, Hq, Dv]
+    """softmax(softcap · tanh(scaling · QKᵀ / softcap)) V (Gemma 2), for calls without a packed row."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[..., : scores.shape[-1]], torch.finfo(scores.dtype).min)
+    weights = nn.functional.dropout(scores.float().softmax(-1).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)

@@ -135,6 +135,28 @@ def test_generation_is_untouched():
     assert torch.equal(before, after)
 
 
+def test_plain_calls_keep_the_softcap_of_attention():
+    """Generation and padded batches of a model that was switched to packed rows; SDPA knows no softcap."""
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def results() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        return logits, model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    before = results()
+    add_dpo_forward(model)
+    use_shared_prefix(model)
+    after = results()
+    assert torch.allclose(before[0], after[0], atol=1e-5) and torch.equal(before[1], after[1])
+    model.set_attn_implementation("sdpa")
+    assert not torch.allclose(before[0], results()[0], atol=1e-4), "the softcap matters"
+
+
 @pytest.mark.parametrize("family", UNSHAREABLE)
 def test_layers_that_are_not_attention_are_refused_and_work_padded(family):
     model = tiny_model(family)

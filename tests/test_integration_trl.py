@@ -77,7 +77,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama", "mixtral", "cohere2", "gpt2"):
+    for family in ("llama", "mixtral", "cohere2", "gpt2", "mamba"):
         tiny_model(family).save_pretrained(folder / family)
     adapter = peft.get_peft_model(tiny_model("llama"), lora())
     with torch.no_grad():
@@ -200,6 +200,15 @@ def test_ten_steps_equal_trl(folder, name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_ten_steps_of_every_other_configuration_equal_trl(folder, name):
     assert_trains_as_trl(folder, name, OTHERS[name])
+
+
+def test_a_model_that_cannot_share_prompts_equals_trl(folder):
+    theirs, their_positions = trained(trl.DPOTrainer, folder, _family="mamba", max_steps=4)
+    mine, my_positions = trained(DPOTrainer, folder, _family="mamba", max_steps=4)
+    assert mine._packing.layout == "padded"
+    assert_same_log(mine, theirs)
+    assert_same_weights(mine, theirs)
+    assert my_positions == their_positions
 
 
 @pytest.mark.parametrize("by", [trl.DPOTrainer, DPOTrainer], ids=["TRL", "ours"])

@@ -104,7 +104,7 @@ def _discounted(token_logps: Sequence[Sequence[float]], alpha: float) -> Iterato
 # ---- batch by batch ----
 
 
-def with_reference(trainer: DPOTrainer, packed: PackedBatch, inputs: Mapping[str, Any]) -> Tensor:
+def reference_logps(trainer: DPOTrainer, packed: PackedBatch, inputs: Mapping[str, Any]) -> Tensor:
     """Reference log-probs of a packed batch, fp32 [S], or [S, J] where completions are cut into pieces."""
     if trainer.precompute_ref_logps:
         sums = by_pair(*(inputs[column] for column in COLUMNS)).float()

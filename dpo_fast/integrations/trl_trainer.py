@@ -25,7 +25,7 @@ from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, 
 from dpo_fast.integrations.trl_forward import answer_padded_rows
 from dpo_fast.integrations.trl_metrics import PendingMetrics
 from dpo_fast.integrations.trl_objective import objective_of
-from dpo_fast.integrations.trl_reference import with_reference, with_stored_reference
+from dpo_fast.integrations.trl_reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
 from dpo_fast.metrics import batch_metrics
 from dpo_fast.models import disable_dropout, prepare_forward
@@ -167,7 +167,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             inputs = {name: value for name, value in inputs.items() if name != PACKED}
             return STOCK["_compute_loss"](self, model, inputs, return_outputs)
         mode = "train" if self.model.training else "eval"
-        packed = dataclasses.replace(packed, ref_logps=with_reference(self, packed, inputs))
+        packed = dataclasses.replace(packed, ref_logps=reference_logps(self, packed, inputs))
         objective = objective_of(self)
         loss_inputs = objective.inputs(packed, batch_totals(packed))
         coupled = bool(set(self.loss_types) & set(COUPLED))  # their gradients need all pairs' log-probs at once
