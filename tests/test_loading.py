@@ -4,7 +4,7 @@ import json
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_fast import loading
 from dpo_fast.loading import load_preference_dataset
@@ -82,6 +82,19 @@ def test_a_name_on_the_hub_is_passed_on_and_its_absence_explained(monkeypatch):
 
     monkeypatch.setattr(loading.datasets, "load_dataset", load_dataset)
     assert load_preference_dataset("org/rows", config_name="en", split="train").to_list() == PAIRS
-    assert calls == [(("org/rows", "en"), {"split": "train"})], "and no trust_remote_code"
+    assert calls == [(("org/rows", "en"), {"split": "train", "streaming": False})], "and no trust_remote_code"
     with pytest.raises(ValueError, match="'org/missing' is not a local path .* Hub .*404"):
         load_preference_dataset("org/missing")
+
+
+def test_a_stream_reads_the_same_rows(tmp_path):
+    """From a file, a folder of files and a saved dataset, with and without splits."""
+    file = tmp_path / "rows.jsonl"
+    Dataset.from_list(PAIRS).to_json(file)
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "one")
+    DatasetDict(train=Dataset.from_list(PAIRS), test=Dataset.from_list(PAIRS[1:])).save_to_disk(tmp_path / "splits")
+    for path in (file, tmp_path / "splits"):
+        stream = load_preference_dataset(str(path), split="train", streaming=True)
+        assert isinstance(stream, IterableDataset) and list(stream) == PAIRS
+    assert list(load_preference_dataset(str(tmp_path / "one"), streaming=True)) == PAIRS
+    assert list(load_preference_dataset(str(tmp_path / "splits"), streaming=True)["test"]) == PAIRS[1:]
