@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.reference.index import Folder, is_index, write_part
-from dpo_fast.reference.store import ReferenceStore, sequence_logp
+from dpo_fast.reference.files import Folder, is_index
+from dpo_fast.reference.parts import sequence_logp, write_part
+from dpo_fast.reference.store import ReferenceStore
 
 DESCRIPTION = {"question": "bench_store"}
 ROWS_PER_PART = 10_000
