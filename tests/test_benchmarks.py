@@ -36,6 +36,14 @@ def test_layout_benchmark_runs_and_writes_its_result(tmp_path):
     assert result["environment"]["versions"]["torch"] and Path(last["file"]).with_suffix(".png").stat().st_size > 1000
 
 
+def test_store_benchmark_runs_and_writes_its_result(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_store.py"), "--rows", "50000", "--repeats", "1"]
+    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    last = json.loads(run.stdout.strip().splitlines()[-1])
+    assert json.loads(Path(last["file"]).read_text())["sizes"]["50000"]["first_open_seconds"] > 0
+
+
 def test_a_side_that_computes_something_else_is_not_timed(monkeypatch):
     bench_train = load("bench_train", monkeypatch)
     reports = {"dpo_fast": {"losses": [0.69, 0.5]}, "trl": {"losses": [0.69, 0.6]}}
