@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> NoReturn:
         raise ValueError(f"program: {command[0]!r} is not found; give its path, or for a script `python {command[0]}`")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(program, command, patching_environment(os.environ))
+    # A Python tells its virtual environment by the path that it was called by: the name alone would be sought on PATH.
+    os.execve(program, [program, *command[1:]], patching_environment(os.environ))
 
 
 if __name__ == "__main__":

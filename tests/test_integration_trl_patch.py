@@ -114,7 +114,8 @@ raise SystemExit(3)
 
 
 def test_a_program_that_imports_trl_itself_runs_patched(tmp_path):
-    """In a process that the program starts, too; a sitecustomize that was there before still runs."""
+    """In a process that the program starts, too; a sitecustomize that was there before still runs. `python` is the one
+    of this environment, activated or not."""
     (tmp_path / "program.py").write_text(PROGRAM)
     site = tmp_path / "site"
     site.mkdir()
@@ -122,7 +123,7 @@ def test_a_program_that_imports_trl_itself_runs_patched(tmp_path):
     (site / "user_site.py").write_text("seen = ''\n")
     command = [sys.executable, "-m", "dpo_fast.cli", "run", "--", "python", "program.py", "--flag", "a b"]
     path = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PATH": os.defpath}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     first, second = done.stdout.splitlines()
