@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
+    from dpo_fast.models import disable_dropout
     from dpo_fast.objective import Objective
+    from dpo_fast.reference.model import Reference
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
+    from dpo_fast_kernels import SequenceLoss
 
 _MODULES = {
     "attention": ("use_shared_prefix",),
@@ -32,11 +35,14 @@ _MODULES = {
     "groups": ("PackedBatch", "PreferenceGroup", "pack"),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
+    "models": ("disable_dropout",),
     "objective": ("Objective",),
+    "reference.model": ("Reference",),
     "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: f"dpo_fast.{module}" for module, names in _MODULES.items() for name in names}
+_HOMES["SequenceLoss"] = "dpo_fast_kernels"
 
 __all__ = [
     "LOSSES",
@@ -50,7 +56,10 @@ __all__ = [
     "PackedBatch",
     "PackedOutput",
     "PreferenceGroup",
+    "Reference",
+    "SequenceLoss",
     "add_dpo_forward",
+    "disable_dropout",
     "dpo_loss",
     "implicit_rewards",
     "load_preference_dataset",
@@ -66,7 +75,7 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dpo_fast.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

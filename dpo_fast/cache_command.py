@@ -62,10 +62,8 @@ def _info(root: str, options: argparse.Namespace) -> int:
 
     stores = info(root)
     for store in stores:
-        about, used = (
-            store.description,
-            "" if store.modified is None else time.strftime("%F", time.gmtime(store.modified)),
-        )
+        about = store.description
+        used = "" if store.modified is None else time.strftime("%F", time.gmtime(store.modified))
         print(
             f"{Path(store.folder).name}  {store.rows:>10} rows  {store.bytes / 2**20:8.1f} MiB  {store.parts} parts  "
             f"last used {used}  {about.get('architecture')} {about.get('dtype')} {about.get('attention')}"

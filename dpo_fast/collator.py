@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.groups import Layout, PreferenceGroup, pack
 from dpo_fast.sampler import split_by_tokens
 
 
@@ -17,8 +14,8 @@ from dpo_fast.sampler import split_by_tokens
 class DPOCollator:
     """Rows of a tokenised dataset → the packs of a batch.
 
-    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, fp32 [2]: the sum of
-    comparison weights, and of weight × scored winner tokens, over the batch. `cut` is that of `pack`.
+    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, the sum of theirs, fp32
+    [2]. `cut` is that of `pack`.
     """
 
     layout: Layout = "shared"
@@ -31,10 +28,4 @@ class DPOCollator:
         costs = [group.num_tokens(self.layout) for group in groups]
         parts = split_by_tokens(groups, costs, self.max_tokens)
         packs = [pack(part, self.layout, self.pad_token_id, self.cut) for part in parts]
-        return {"packs": packs, "totals": sum(_totals(packed) for packed in packs)}
-
-
-def _totals(packed: PackedBatch) -> Tensor:
-    weights = packed.comparison_weights
-    winner_tokens = packed.completion_sums(packed.cu_scores.diff())[packed.comparisons[:, 0]]
-    return torch.stack([weights.sum(), (weights * winner_tokens).sum()])
+        return {"packs": packs, "totals": sum(packed.totals for packed in packs)}

@@ -23,9 +23,10 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.columns import ACCOUNT, OPTIONAL_FIELDS, REFERENCE_FIELDS, group_features, tokenized_features
 from dpo_fast.formats import PREPARED, Format, detect_format
 from dpo_fast.groups import ComparisonChoice
 from dpo_fast.loading import load_preference_dataset
@@ -33,9 +34,6 @@ from dpo_fast.tokenization import TokenizeRows
 from dpo_fast.truncation import (
     CODE,
     COMPARISON_CHOICES,
-    FIELDS,
-    OPTIONAL_FIELDS,
-    REFERENCE_FIELDS,
     TRUNCATION_MODES,
     TruncateRows,
     choose_comparisons,
@@ -46,20 +44,8 @@ __all__ = ["DataSummary", "load_preference_dataset", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = {
-    "prompt_ids": List(Value("int32")),
-    "completion_ids": List(List(Value("int32"))),
-    "comparisons": List(List(Value("int32"))),
-    "comparison_weights": List(Value("float64")),
-    "context_lengths": List(Value("int32")),
-    "ref_logps": List(Value("float64")),
-    "ref_token_logps": List(List(Value("float32"))),
-    "comparison_offsets": List(Value("float64")),
-    "completion_scores": List(Value("float64")),
-}
 # Part of the cache key of merged rows: `datasets` hashes an importable class by its name, not by its code.
 _CODE = hashlib.blake2b(Path(__file__).read_bytes() + CODE.encode()).hexdigest()
-_ACCOUNT = {"truncated": Value("int32"), "lost_eos": Value("int32"), "reasons": List(Value("string"))}
 
 
 @dataclass(frozen=True)
@@ -148,13 +134,13 @@ def prepare_dataset(
         eos_token_id=tokenizer.eos_token_id,
         name=name,
     )
-    features = _group_features(rows)
+    features = group_features(rows.column_names)
     truncated = rows.map(
         step,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=Features(features | _ACCOUNT),
+        features=Features(features | ACCOUNT),
         num_proc=num_proc,
         desc=f"Truncating {name} dataset",
     )
@@ -165,7 +151,7 @@ def prepare_dataset(
             f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ and "
             "weights above 0"
         )
-    if summary.truncated and REFERENCE_FIELDS & set(features):
+    if summary.truncated and set(REFERENCE_FIELDS) & set(features):
         logger.warning(
             "%s dataset: its reference log-probs are not used, because %d completions were cut to max_length",
             name,
@@ -198,27 +184,15 @@ def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str,
         )
 
 
-def _group_features(rows: Dataset) -> dict[str, Any]:
-    return {field: _COLUMNS[field] for field in FIELDS if field not in OPTIONAL_FIELDS or field in rows.column_names}
-
-
 def _tokenize(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, source: Format, num_proc: int | None, name: str
 ) -> Dataset:
-    supplied = {
-        "ref_logps": {"ref_chosen_logps"},
-        "comparison_offsets": {"offset"},
-        "completion_scores": {"scores", "ranks"},
-    }
-    features = Features({field: _COLUMNS[field] for field in FIELDS if field not in OPTIONAL_FIELDS})
-    features |= {field: _COLUMNS[field] for field, columns in supplied.items() if columns & set(rows.column_names)}
-    features["lost_prompt"] = Value("string")
     tokenized = rows.map(
         TokenizeRows(tokenizer, source, name),
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=features,
+        features=tokenized_features(rows.column_names),
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -290,7 +264,7 @@ def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int
         alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
         digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
         members[index if alone else digest].append(index)
-    supplied = sorted(REFERENCE_FIELDS & set(rows.column_names))
+    supplied = [field for field in REFERENCE_FIELDS if field in rows.column_names]
     if len(members) < len(rows) and supplied:
         logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
         rows = rows.remove_columns(supplied)
@@ -298,7 +272,7 @@ def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int
         _MergeRows(rows, list(members.values()), comparisons, name),
         with_indices=True,
         remove_columns=rows.column_names,
-        features=Features(_group_features(rows)),
+        features=group_features(rows.column_names),
         num_proc=num_proc,
         desc=f"Merging prompts of {name} dataset",
     )
@@ -306,7 +280,7 @@ def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int
 
 def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
     """The summary, and the rows that hold a group."""
-    table = truncated.select_columns(["completion_ids", "comparisons", *_ACCOUNT]).with_format("arrow")
+    table = truncated.select_columns(["completion_ids", "comparisons", *ACCOUNT]).with_format("arrow")
     counts = {"completion_ids": 0, "comparisons": 0, "truncated": 0, "lost_eos": 0}
     kept: list[int] = []
     reasons: Counter[str] = Counter()

@@ -130,6 +130,12 @@ class PackedBatch:
         return sums if self.pieces is None else by_completion(sums, self.pieces).sum(dim=1)
 
     @property
+    def totals(self) -> Tensor:
+        """fp32 [2], what a step divides by: the comparisons' weights, and weight × scored tokens of the winner."""
+        winner_tokens = self.completion_sums(self.cu_scores.diff())[self.comparisons[:, 0]]
+        return torch.stack([self.comparison_weights.sum(), (self.comparison_weights * winner_tokens).sum()])
+
+    @property
     def offsets(self) -> Tensor:
         """fp32 [C], `comparison_offsets`, 0 where the data have none."""
         known = self.comparison_offsets

@@ -39,19 +39,15 @@ def prepare_preferences(
     if isinstance(dataset, IterableDataset):
         if config.group_by_prompt:
             raise ValueError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
-        _check_offsets(config.loss_mix, "offset" in column_names(dataset), name)
-        return prepare_stream(dataset, tokenizer, **options), None
+        groups = prepare_stream(dataset, tokenizer, **options)
+        _check_offsets(config.loss_mix, "comparison_offsets" in groups.column_names, name)
+        return groups, None
     dataset, summary = prepare_dataset(
         dataset, tokenizer, group_by_prompt=config.group_by_prompt, num_proc=config.dataset_num_proc, **options
     )
     _check_offsets(config.loss_mix, "comparison_offsets" in dataset.column_names, name)
     _check_weights(config.loss_mix, dataset, name)
     return dataset, summary
-
-
-def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; a stream that does not know them shows its first row."""
-    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:

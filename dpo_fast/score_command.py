@@ -56,17 +56,16 @@ def score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) 
 
 
 def _load(name: str, arguments: TrainArguments) -> Any:
+    """A whole model, or an adapter on the model that it was trained on; both are loaded as `train` loads its model."""
     from dpo_fast.models import load_model
 
+    quantization = arguments.model.quantization_config()
     if not Path(name, "adapter_config.json").is_file():
-        return load_model(name, arguments.config, arguments.model.quantization_config())
-    import torch
-    from peft import AutoPeftModelForCausalLM
+        return load_model(name, arguments.config, quantization)
+    from peft import PeftConfig, PeftModel
 
-    dtype = arguments.model.dtype
-    return AutoPeftModelForCausalLM.from_pretrained(
-        name, dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype)
-    )
+    base = load_model(PeftConfig.from_pretrained(name).base_model_name_or_path, arguments.config, quantization)
+    return PeftModel.from_pretrained(base, name)
 
 
 def _write(rows: Any, path: Path) -> None:

@@ -112,8 +112,14 @@ def _log_probs(
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     layout = prepare_forward(base, config.layout)
     disable_dropout(model)
-    reference = Reference(model.to(accelerator.device), config, accelerator, adapters=adapters, layout=layout)
-    reference.column = "ref_logps"
+    reference = Reference(
+        model.to(accelerator.device),
+        accelerator,
+        layout=layout,
+        adapters=adapters,
+        root=config.reference_cache_dir,
+        max_tokens=config.max_tokens_per_micro_batch,
+    )
     return reference.with_logps(groups, name)["ref_logps"][:]
 
 

@@ -6,20 +6,21 @@ depends on all rows at once is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-from datasets import IterableDataset
+from datasets import Features, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.columns import ACCOUNT, REFERENCE_FIELDS, column_names, group_features, tokenized_features
 from dpo_fast.formats import PREPARED, detect_format
-from dpo_fast.groups import ComparisonChoice, PreferenceGroup
+from dpo_fast.groups import ComparisonChoice
+from dpo_fast.reference.keys import COLUMNS
 from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.truncation import REFERENCE_FIELDS, TruncateRows
+from dpo_fast.truncation import TruncateRows
 
 ROWS_AHEAD = 64  # that are tokenised together, and scored together by the reference
-_ACCOUNT = ["truncated", "lost_eos", "reasons"]
 
 
 def prepare_stream(
@@ -38,7 +39,7 @@ def prepare_stream(
         ValueError: the columns make no known format. While the stream is read, also a row that is not as described, or
             one that was cut although it brings reference log-probs.
     """
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    columns = column_names(dataset)
     if not columns:
         raise ValueError(f"dataset: the {name} stream has no rows; it must have at least one")
     source = detect_format(columns)
@@ -50,6 +51,7 @@ def prepare_stream(
             batch_size=ROWS_AHEAD,
             with_indices=True,
             remove_columns=[column for column in columns if column in source.columns],
+            features=tokenized_features(columns),
         )
         rows = rows.remove_columns("lost_prompt")
     step = TruncateRows(
@@ -60,8 +62,9 @@ def prepare_stream(
         eos_token_id=tokenizer.eos_token_id,
         name=name,
     )
-    rows = rows.map(step, batched=True, batch_size=ROWS_AHEAD, with_indices=True)
-    return rows.filter(_is_usable).remove_columns(_ACCOUNT)
+    features = group_features(rows.column_names or columns)
+    rows = rows.map(step, batched=True, batch_size=ROWS_AHEAD, with_indices=True, features=Features(features | ACCOUNT))
+    return rows.filter(_is_usable).remove_columns(list(ACCOUNT))
 
 
 def _is_usable(row: dict[str, Any]) -> bool:
@@ -77,12 +80,12 @@ def _is_usable(row: dict[str, Any]) -> bool:
 def add_reference_to_stream(
     dataset: IterableDataset,
     column: str,
-    reference: Callable[[Sequence[PreferenceGroup]], pa.ListArray],
+    reference: Callable[[pa.Table], pa.ListArray],
 ) -> IterableDataset:
     """Adds a column that `reference` makes of 64 groups at a time, when they are asked for."""
 
     def add(batch: dict[str, list]) -> dict[str, list]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return {column: reference([PreferenceGroup.from_row(row) for row in rows]).to_pylist()}
+        rows = pa.table({name: values for name, values in batch.items() if name in COLUMNS})
+        return {column: reference(rows).to_pylist()}
 
     return dataset.map(add, batched=True, batch_size=ROWS_AHEAD)

@@ -32,6 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
+from dpo_fast.columns import column_names
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary
@@ -47,7 +48,7 @@ from dpo_fast.losses import (
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.objective import Objective
-from dpo_fast.preparation import column_names, prepare_preferences
+from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
@@ -112,7 +113,7 @@ class DPOTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
-        fingerprint = weights_memo(model, args, quantization_config, peft_config is not None)
+        fingerprint = weights_memo(model, args.model_init_kwargs, quantization_config, peft_config is not None)
         model = load_model(model, args, quantization_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -225,10 +226,12 @@ class DPOTrainer(Trainer):
             prepare_forward(base, self.layout)
         return Reference(
             model,
-            self.args,
             self.accelerator,
-            adapters=adapters,
             layout=self.layout,
+            adapters=adapters,
+            column="ref_logps" if self.args.ld_alpha is None else "ref_token_logps",
+            root=self.args.reference_cache_dir,
+            max_tokens=self.args.max_tokens_per_micro_batch,
             fingerprint=fingerprint,
             shard=self._shard,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from dpo_fast import groups
+from dpo_fast.columns import FIELDS, OPTIONAL_FIELDS, REFERENCE_FIELDS
 from dpo_fast.formats import is_finite
 from dpo_fast.groups import ComparisonChoice, PreferenceGroup
 
@@ -32,10 +33,6 @@ IDENTICAL_COMPLETIONS = "identical completions"
 NO_WEIGHT = "no weight"
 STAYS = ", in a group that stays"
 
-FIELDS = tuple(field.name for field in fields(PreferenceGroup))
-REFERENCE_FIELDS = {"ref_logps", "ref_token_logps"}
-# In all rows of a dataset, or in none.
-OPTIONAL_FIELDS = (*sorted(REFERENCE_FIELDS), "comparison_offsets", "completion_scores")
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
 CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(groups.__file__).read_bytes()).hexdigest()
 

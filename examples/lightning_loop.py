@@ -16,18 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dpo_fast
 from dpo_fast.demo.model import demo_model
-from dpo_fast.models import disable_dropout
-from dpo_fast.objective import Objective
-from dpo_fast.reference.model import Reference
-from dpo_fast_kernels import SequenceLoss
 
 
 class PreferenceModule(lightning.LightningModule):
     def __init__(self, model: PreTrainedModel, beta: float, learning_rate: float):
         super().__init__()
         self.model, self.learning_rate = model, learning_rate
-        self.objective = Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=beta))
-        self.loss = SequenceLoss(self.objective, self.objective.statistics)
+        self.objective = dpo_fast.Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=beta))
+        self.loss = dpo_fast.SequenceLoss(self.objective, self.objective.statistics)
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         (packed,), totals = batch["packs"], batch["totals"]
@@ -57,13 +53,13 @@ def main() -> None:
     name = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(accelerator.device)
-    disable_dropout(model)
+    dpo_fast.disable_dropout(model)
     dpo_fast.add_dpo_forward(model)  # model(packed=…)
     dpo_fast.use_shared_prefix(model)  # one copy of a prompt serves all of its completions
     rows = dpo_fast.load_preference_dataset(options.dataset, split="train").shuffle(seed=0)
     groups, summary = dpo_fast.prepare_dataset(rows, tokenizer, max_length=config.max_length)
     print(summary)
-    reference = Reference(model, config, accelerator, adapters=True, layout="shared")
+    reference = dpo_fast.Reference(model, accelerator, layout="shared")
     groups = reference.with_logps(groups, "train")  # kept on disk: the second run computes nothing
 
     trainer = lightning.Trainer(

@@ -18,10 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_fast
 from dpo_fast.demo.model import demo_model
-from dpo_fast.models import disable_dropout
-from dpo_fast.objective import Objective
-from dpo_fast.reference.model import Reference
-from dpo_fast_kernels import SequenceLoss
 
 BETA, LEARNING_RATE, GROUPS_PER_BATCH, MAX_LENGTH, MAX_TOKENS = 0.1, 3e-5, 4, 1024, 8192
 
@@ -39,18 +35,18 @@ def main() -> None:
     name = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(accelerator.device)
-    disable_dropout(model)
+    dpo_fast.disable_dropout(model)
     dpo_fast.add_dpo_forward(model)  # model(packed=…)
     dpo_fast.use_shared_prefix(model)  # one copy of a prompt serves all of its completions
 
     rows = dpo_fast.load_preference_dataset(options.dataset, split="train").shuffle(seed=0)
     groups, summary = dpo_fast.prepare_dataset(rows, tokenizer, max_length=MAX_LENGTH)
     accelerator.print(summary)
-    reference = Reference(model, config, accelerator, adapters=True, layout="shared")
+    reference = dpo_fast.Reference(model, accelerator, layout="shared")
     groups = reference.with_logps(groups, "train")  # kept on disk: the second run computes nothing
 
-    objective = Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=BETA))
-    loss = SequenceLoss(objective, objective.statistics)  # the head makes its gradients in the forward
+    objective = dpo_fast.Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=BETA))
+    loss = dpo_fast.SequenceLoss(objective, objective.statistics)  # the head makes its gradients in the forward
     collator = dpo_fast.DPOCollator(max_tokens=MAX_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(

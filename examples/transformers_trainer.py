@@ -15,10 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import dpo_fast
 from dpo_fast.demo.model import demo_model
-from dpo_fast.models import disable_dropout
-from dpo_fast.objective import Objective
-from dpo_fast.reference.model import Reference
-from dpo_fast_kernels import SequenceLoss
 
 
 class PreferenceTrainer(Trainer):
@@ -26,8 +22,8 @@ class PreferenceTrainer(Trainer):
 
     def __init__(self, *args, beta: float = 0.1, **options):
         super().__init__(*args, **options)
-        self.objective = Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=beta))
-        self.preference_loss = SequenceLoss(self.objective, self.objective.statistics)
+        self.objective = dpo_fast.Objective({"sigmoid": 1.0}, dpo_fast.LossParameters(beta=beta))
+        self.preference_loss = dpo_fast.SequenceLoss(self.objective, self.objective.statistics)
         self.accuracies: list[torch.Tensor] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -69,7 +65,7 @@ def main() -> None:
     name = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    disable_dropout(model)
+    dpo_fast.disable_dropout(model)
     dpo_fast.add_dpo_forward(model)  # model(packed=…)
     dpo_fast.use_shared_prefix(model)  # one copy of a prompt serves all of its completions
     rows = dpo_fast.load_preference_dataset(options.dataset, split="train").shuffle(seed=0)
@@ -84,7 +80,7 @@ def main() -> None:
         processing_class=tokenizer,
         beta=args.beta,
     )
-    reference = Reference(model, args, trainer.accelerator, adapters=True, layout="shared")
+    reference = dpo_fast.Reference(model, trainer.accelerator, layout="shared")
     trainer.train_dataset = reference.with_logps(groups, "train")  # kept on disk: the second run computes nothing
     trainer.train()
     trainer.save_model()

@@ -457,4 +457,4 @@ def test_weights_dtype_and_attention_count(llama):
     described += [describe(other), describe(copy.deepcopy(llama).to(torch.bfloat16))]
     for one, another in itertools.combinations(described, 2):
         assert one != another
-    assert describe(llama)["version"] == fingerprint.STORE_VERSION == 2
+    assert describe(llama)["version"] == fingerprint.STORE_VERSION == 3

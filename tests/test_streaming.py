@@ -36,6 +36,19 @@ def test_a_stream_yields_the_groups_of_the_dataset(dataset):
     assert json.dumps(list(again)) == json.dumps(expected.to_list()), "prepared groups pass through"
 
 
+def test_only_the_names_of_columns_are_read_ahead_and_once(tmp_path):
+    """A stream may be slow to begin."""
+    begun = []
+
+    def generate():
+        begun.append(True)
+        yield from pairs(8)
+
+    make_trainer(tmp_path, IterableDataset.from_generator(generate), max_steps=2)
+    assert len(begun) == 1
+    assert prepare_stream(as_stream(ranked(6)), tiny_tokenizer(), max_length=9).column_names
+
+
 @pytest.fixture
 def in_order(monkeypatch):
     monkeypatch.setattr(DPOTrainer, "_get_train_sampler", lambda self, dataset=None: SequentialSampler(dataset))

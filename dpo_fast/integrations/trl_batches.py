@@ -100,13 +100,6 @@ class PackingCollator:
         return batch
 
 
-def batch_totals(packed: PackedBatch) -> Tensor:
-    """Weights of the comparisons, and scored tokens of their winners, summed: fp32 [2]."""
-    tokens = packed.completion_sums(packed.cu_scores.diff())[packed.comparisons[:, 0]]
-    weights = packed.comparison_weights
-    return torch.stack([weights.sum(), (weights * tokens).sum()])
-
-
 def by_pair(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Two vectors [B] → [S], in the order of a packed batch's completions."""
     return torch.stack([chosen, rejected], dim=1).reshape(-1)

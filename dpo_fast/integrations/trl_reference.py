@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,15 +25,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _ROWS_AT_ONCE = 256  # that are padded together on the host
-
-
-@dataclass(frozen=True)
-class _StoreOptions:
-    """What `Reference` reads of a configuration."""
-
-    ld_alpha: float | None
-    reference_cache_dir: str | None = None
-    max_tokens_per_micro_batch: int | None = None
 
 
 def _reference_adapter(trainer: DPOTrainer) -> contextlib.AbstractContextManager[None]:
@@ -61,10 +51,10 @@ def with_stored_reference(trainer: DPOTrainer, dataset: Dataset, name: str, layo
     with _reference_adapter(trainer) if adapters else contextlib.nullcontext():
         reference = Reference(
             model,
-            _StoreOptions(trainer.ld_alpha),
             trainer.accelerator,
-            adapters=adapters or not is_peft_model(model),
             layout=layout,
+            adapters=adapters or not is_peft_model(model),
+            column="ref_logps" if trainer.ld_alpha is None else "ref_token_logps",
         )
         found = reference.with_logps(groups, name)[reference.column]
     sums = found if trainer.ld_alpha is None else (_discounted(row, trainer.ld_alpha) for row in found)

@@ -21,7 +21,7 @@ from trl.trainer import dpo_trainer
 
 from dpo_fast.groups import Layout, PackedBatch
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, PackingCollator, batch_totals
+from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, PackingCollator
 from dpo_fast.integrations.trl_forward import answer_padded_rows
 from dpo_fast.integrations.trl_metrics import PendingMetrics
 from dpo_fast.integrations.trl_objective import objective_of
@@ -169,7 +169,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         mode = "train" if self.model.training else "eval"
         packed = dataclasses.replace(packed, ref_logps=reference_logps(self, packed, inputs))
         objective = objective_of(self)
-        loss_inputs = objective.inputs(packed, batch_totals(packed))
+        loss_inputs = objective.inputs(packed, packed.totals)
         coupled = bool(set(self.loss_types) & set(COUPLED))  # their gradients need all pairs' log-probs at once
         if self._sequence_loss is None or self._sequence_loss.function != objective:
             self._sequence_loss = SequenceLoss(objective, objective.statistics)  # else the same, for torch.compile

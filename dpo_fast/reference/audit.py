@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
-from dpo_fast.reference.compute import Score, group_keys
-from dpo_fast.reference.store import ReferenceStore, key_array
+from dpo_fast.reference.compute import Score
+from dpo_fast.reference.keys import group_keys, key_array
+from dpo_fast.reference.store import ReferenceStore
 
 TOKENS = 512  # that are run again, but at least one group
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
-from dpo_fast.reference.store import ReferenceStore, completion_key, key_array
+from dpo_fast.reference.keys import WINDOW, CompletionKeys, key_array, prompt_keys, windows
+from dpo_fast.reference.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ Column = Literal["ref_logps", "ref_token_logps"]
 Item = TypeVar("Item")
 
 TOKENS_PER_BATCH = 8192
-WINDOW = 65_536  # rows that are planned together
 AUDITED_GROUPS = 4
 
 
@@ -58,20 +57,12 @@ class PassReport:
     Attributes:
         completions: different ones per window of the dataset.
         computed: those that the store lacked and this process ran.
-        tokens: token positions that it ran for them.
         known: some groups, picked at random, whose log-probs the store had all before.
     """
 
     completions: int = 0
     computed: int = 0
-    tokens: int = 0
     known: list[PreferenceGroup] = field(default_factory=list)
-
-
-def group_keys(group: PreferenceGroup) -> list[bytes]:
-    """The key of each completion in the store."""
-    completions = zip(group.completion_ids, group.contexts, strict=True)
-    return [completion_key(group.prompt_ids, ids, context) for ids, context in completions]
 
 
 # ---- the plan ----
@@ -87,9 +78,9 @@ class _Unit:
 
 
 def _plan(
-    groups: Sequence[PreferenceGroup],
-    keys: Sequence[Sequence[bytes]],
-    found: dict[bytes, bool],
+    rows: pa.Table,
+    keys: CompletionKeys,
+    found: np.ndarray,  # bool [completions]
     layout: Layout,
     max_tokens: int,
     shard: Shard,
@@ -99,20 +90,36 @@ def _plan(
     Which completions run together is decided over all of a prompt's, those in the store included, so that it stays the
     same when a pass goes on.
     """
-    completions: dict[bytes, dict[bytes, tuple[Sequence[int], int]]] = defaultdict(dict)
-    prompts: dict[bytes, Sequence[int]] = {}
-    for group, row in zip(groups, keys, strict=True):
-        prompt = completion_key(group.prompt_ids, ())
-        prompts[prompt] = group.prompt_ids
-        completions[prompt].update(zip(row, zip(group.completion_ids, group.contexts, strict=True), strict=True))
+    prompts = prompt_keys(rows)
+    lacking = {prompts[row] for row in np.flatnonzero(~_whole(keys, found)) if shard.has(prompts[row])}
+    chosen = [row for row, prompt in enumerate(prompts) if prompt in lacking]
+    completions: dict[bytes, dict[bytes, tuple[Sequence[int], int]]] = {prompts[row]: {} for row in chosen}
+    prompt_ids: dict[bytes, Sequence[int]] = {}
+    missing: set[bytes] = set()
+    for row, group in zip(chosen, _groups(rows, chosen), strict=True):
+        here = slice(*keys.bounds[row : row + 2])
+        names = [value.astype(">u8").tobytes() for value in keys.values[here]]
+        prompt_ids[prompts[row]] = group.prompt_ids
+        tokens = zip(group.completion_ids, group.contexts, strict=True)
+        completions[prompts[row]].update(zip(names, tokens, strict=True))
+        missing.update(name for name, known in zip(names, found[here], strict=True) if not known)
     units = []
     for prompt, of_prompt in completions.items():
-        if shard.has(prompt) and not all(found[key] for key in of_prompt):
-            for part in _parts(prompts[prompt], list(of_prompt.items()), max_tokens):
-                missing = {key: value for key, value in part if not found[key]}
-                if missing:
-                    units.append(_unit(prompts[prompt], missing, layout))
+        for part in _parts(prompt_ids[prompt], list(of_prompt.items()), max_tokens):
+            to_run = {key: value for key, value in part if key in missing}
+            if to_run:
+                units.append(_unit(prompt_ids[prompt], to_run, layout))
     return sorted(units, key=lambda unit: (-unit.cost, unit.keys[0]))
+
+
+def _whole(keys: CompletionKeys, found: np.ndarray) -> np.ndarray:
+    """Which groups lack nothing, bool [groups]."""
+    lacking = np.cumsum(np.concatenate([[0], ~found]))
+    return lacking[keys.bounds[1:]] == lacking[keys.bounds[:-1]]
+
+
+def _groups(rows: pa.Table, chosen: Sequence[int]) -> list[PreferenceGroup]:
+    return [PreferenceGroup.from_row(row) for row in rows.take(np.array(chosen, np.int64)).to_pylist()]
 
 
 def _parts(prompt_ids: Sequence[int], completions: list[tuple[bytes, Any]], max_tokens: int) -> Iterator[list]:
@@ -178,29 +185,32 @@ class ReferencePass:
         self._max_tokens, self._picked = max_tokens or TOKENS_PER_BATCH, random.Random()
         self.report = PassReport()
 
-    def over(self, dataset: Dataset, name: str) -> None:
+    def over(self, dataset: Dataset, keys: CompletionKeys, name: str) -> None:
         """Runs on a tokenised dataset, columns named as the attributes of `PreferenceGroup`, and closes the store.
 
         Raises:
             ValueError: a single prompt with a completion does not fit the device's memory.
         """
-        for groups in _windows(dataset):
-            self.run(groups, name)
+        start = 0
+        for rows in windows(dataset):
+            stop = start + len(rows)
+            self.run(rows, keys.window(start, stop), name)
+            start = stop
         self._store.close()
         logger.info(
             "reference log-probs of %s: %d of %d completions computed, the others were in %s",
             name, self.report.computed, self.report.completions, self._store.folder,
         )  # fmt: skip
 
-    def run(self, groups: Sequence[PreferenceGroup], name: str | None = None) -> None:
+    def run(self, rows: pa.Table, keys: CompletionKeys, name: str | None = None) -> None:
         """Runs on some groups that are planned together; with a name, under a progress bar."""
-        keys = [group_keys(group) for group in groups]
-        different = list(dict.fromkeys(key for row in keys for key in row))
-        found = dict(zip(different, self._store.lookup(key_array(different))[0].tolist(), strict=True))
-        known = [group for group, row in zip(groups, keys, strict=True) if all(found[key] for key in row)]
-        self.report.completions += len(different)
-        self.report.known = self._some([*self.report.known, *self._some(known)])
-        units = _plan(groups, keys, found, self._layout, self._max_tokens, self._shard)
+        found, _, _ = self._store.lookup(keys.values)
+        self.report.completions += len(np.unique(keys.values[:, 0]))
+        known = self._some(np.flatnonzero(_whole(keys, found)).tolist())
+        self.report.known = self._some([*self.report.known, *_groups(rows, known)])
+        if found.all():
+            return
+        units = _plan(rows, keys, found, self._layout, self._max_tokens, self._shard)
         with tqdm(
             total=sum(unit.cost for unit in units),
             desc=f"Reference log-probs of {name}",
@@ -213,11 +223,10 @@ class ReferencePass:
                 pieces = np.split(logps.float().cpu().numpy(), bounds)
                 self._store.add(key_array([key for unit in batch for key in unit.keys]), pieces)
                 self.report.computed += len(pieces)
-                self.report.tokens += packed.num_tokens
                 progress.update(sum(unit.cost for unit in batch))
 
-    def _some(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
-        return self._picked.sample(groups, min(AUDITED_GROUPS, len(groups)))
+    def _some(self, items: list[Item]) -> list[Item]:
+        return self._picked.sample(items, min(AUDITED_GROUPS, len(items)))
 
     def _scored(self, units: list[_Unit]) -> Iterator[tuple[list[_Unit], PackedBatch, Tensor]]:
         """Yields batch after batch with its token log-probs; the next is packed meanwhile."""
@@ -271,7 +280,9 @@ def _lagging(items: Iterator[Item]) -> Iterator[Item]:
 # ---- results ----
 
 
-def with_reference_logps(dataset: Dataset, store: ReferenceStore, column: Column = "ref_logps") -> Dataset:
+def with_reference_logps(
+    dataset: Dataset, keys: CompletionKeys, store: ReferenceStore, column: Column = "ref_logps"
+) -> Dataset:
     """Adds reference log-probs, of completions or of all their tokens, from a store that has them all.
 
     Raises:
@@ -279,16 +290,13 @@ def with_reference_logps(dataset: Dataset, store: ReferenceStore, column: Column
     """
     if column in dataset.column_names:
         dataset = dataset.remove_columns(column)
-    return dataset.add_column(
-        column, pa.chunked_array([reference_column(groups, store, column) for groups in _windows(dataset)])
-    )
+    parts = [keys.window(start, start + WINDOW) for start in range(0, len(keys), WINDOW)]
+    return dataset.add_column(column, pa.chunked_array([reference_column(part, store, column) for part in parts]))
 
 
-def reference_column(groups: Sequence[PreferenceGroup], store: ReferenceStore, column: Column) -> pa.ListArray:
+def reference_column(keys: CompletionKeys, store: ReferenceStore, column: Column) -> pa.ListArray:
     """Reference log-probs of some groups, a list for each, or for `ref_token_logps` a list of lists."""
-    keys = [group_keys(group) for group in groups]
-    flat = key_array([key for row in keys for key in row])
-    found, logps, _ = store.lookup(flat)
+    found, logps, _ = store.lookup(keys.values)
     if not found.all():
         raise ValueError(
             f"store: {store.folder} lacks {int((~found).sum())} of {len(found)} reference log-probs; run the reference "
@@ -297,13 +305,5 @@ def reference_column(groups: Sequence[PreferenceGroup], store: ReferenceStore, c
     if column == "ref_logps":
         values = pa.array(logps, pa.float32())
     else:
-        values = pa.array(store.token_logps(flat), pa.list_(pa.float32()))
-    return pa.ListArray.from_arrays(pa.array(accumulate(map(len, keys), initial=0), pa.int32()), values)
-
-
-def _windows(dataset: Dataset) -> Iterator[list[PreferenceGroup]]:
-    columns = ("prompt_ids", "completion_ids", "context_lengths")
-    dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
-    for start in range(0, len(dataset), WINDOW):
-        rows = dataset.select(range(start, min(start + WINDOW, len(dataset))))
-        yield [PreferenceGroup.from_row(row) for row in rows]
+        values = pa.array(store.token_logps(keys.values), pa.list_(pa.float32()))
+    return pa.ListArray.from_arrays(pa.array(keys.bounds, pa.int32()), values)

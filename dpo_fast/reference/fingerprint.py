@@ -35,7 +35,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dpo_fast.head import logit_transform
 
-STORE_VERSION = 2  # of the description below, and so of every store that is found by it
+STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
 
 LANES = 2
 BLOCK = 2**20  # entries of the table

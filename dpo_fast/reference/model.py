@@ -10,7 +10,8 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,12 +21,12 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from dpo_fast.cache_dir import cache_dir
-from dpo_fast.config import DPOConfig
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
 from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
+from dpo_fast.reference.keys import CompletionKeys
 from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.streaming import add_reference_to_stream
 from dpo_fast_kernels import attention_backend
@@ -36,7 +37,7 @@ Fingerprint = Callable[[nn.Module, bool], str]  # of a model's weights, with or 
 
 
 def weights_memo(
-    model: str | nn.Module, config: DPOConfig, quantization_config: object, new_adapter: bool
+    model: str | nn.Module, options: Mapping[str, object] | None, quantization_config: object, new_adapter: bool
 ) -> Fingerprint:
     """How to fingerprint the model that `model` is about to be loaded as: from memory, if its files are unchanged.
 
@@ -45,7 +46,7 @@ def weights_memo(
     if not isinstance(model, str) or Path(model, "adapter_config.json").exists():
         return weights_fingerprint
     load = {
-        "options": repr(config.model_init_kwargs),
+        "options": repr(options),
         "quantization": repr(quantization_config),
         "new_adapter": new_adapter,
     }
@@ -64,6 +65,9 @@ class Reference:
         model: with the packed forward, on its device.
         adapters: whether the model's adapters belong to the reference; else they are off while it runs.
         layout: of the packed batches.
+        column: `ref_logps` of completions, or `ref_token_logps` of all their tokens.
+        root: folder, or any path that fsspec knows, of the stores; None for the user's cache folder.
+        max_tokens: bound on the packed tokens of a forward pass, 8192 unless given.
         fingerprint: what hashes its weights.
         shard: which prompts to run; None shares them out among the processes of the run.
     """
@@ -71,25 +75,27 @@ class Reference:
     def __init__(
         self,
         model: nn.Module,
-        config: DPOConfig,
         accelerator: Accelerator,
         *,
-        adapters: bool,
         layout: Layout,
+        adapters: bool = True,
+        column: Column = "ref_logps",
+        root: str | os.PathLike[str] | None = None,
+        max_tokens: int | None = None,
         fingerprint: Fingerprint = weights_fingerprint,
         shard: Shard | None = None,
     ):
         self.model: nn.Module | None = model
-        self._config, self._accelerator, self._fingerprint = config, accelerator, fingerprint
+        self.column = column
+        self._accelerator, self._fingerprint = accelerator, fingerprint
         self._adapters, self._layout = adapters, layout
+        self._root, self._max_tokens = root or cache_dir() / "reference", max_tokens
         self._shard = shard or Shard(accelerator.process_index, accelerator.num_processes)
         self._audited = False
-        self.column: Column = "ref_logps" if config.ld_alpha is None else "ref_token_logps"
 
     @functools.cached_property
     def store(self) -> ReferenceStore:
-        root = self._config.reference_cache_dir or cache_dir() / "reference"
-        return ReferenceStore(root, self._description())
+        return ReferenceStore(self._root, self._description())
 
     def _description(self) -> dict[str, object]:
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
@@ -117,17 +123,26 @@ class Reference:
         self.model.train(was_training)
         return logps
 
-    def compute(self, dataset: Dataset, name: str) -> None:
-        """Puts into the store what it lacks of a dataset; this process's share."""
-        run = self._pass()
-        run.over(dataset, name)
+    def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
+        """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
+        keys, run = CompletionKeys.of_dataset(dataset), self._pass()
+        run.over(dataset, keys, name)
         self._check(run.report.known)
+        return keys
 
-    def with_logps(self, dataset: Dataset, name: str) -> Dataset:
-        """Adds reference log-probs to a dataset; those that the store lacks are computed, by all processes together."""
-        self.compute(dataset, name)
+    def with_logps(self, dataset: Dataset, name: str = "train") -> Dataset:
+        """Adds reference log-probs to a dataset; those that the store lacks are computed, by all processes together.
+
+        Args:
+            dataset: preference groups, as `dpo_fast.prepare_dataset` returns them.
+            name: of the dataset, for the progress bar.
+
+        Returns:
+            The dataset with a column `ref_logps`, nats for each completion, or `ref_token_logps`, for each token.
+        """
+        keys = self.compute(dataset, name)
         self._accelerator.wait_for_everyone()
-        return self.with_stored_logps(dataset)
+        return self._with_stored(dataset, keys)
 
     def with_stored_logps(self, dataset: Dataset) -> Dataset:
         """Adds reference log-probs that the store has.
@@ -135,17 +150,21 @@ class Reference:
         Raises:
             ValueError: it lacks some.
         """
+        return self._with_stored(dataset, CompletionKeys.of_dataset(dataset))
+
+    def _with_stored(self, dataset: Dataset, keys: CompletionKeys) -> Dataset:
         self.store.refresh()
-        return with_reference_logps(dataset, self.store, self.column)
+        return with_reference_logps(dataset, keys, self.store, self.column)
 
     def with_logps_of_stream(self, dataset: IterableDataset) -> IterableDataset:
         """Adds reference log-probs to the rows of a stream as they come; every new one is in the store from then on."""
         run = self._pass(Shard())
 
-        def reference(groups: Sequence[PreferenceGroup]) -> pa.ListArray:
-            run.run(groups)
+        def reference(rows: pa.Table) -> pa.ListArray:
+            keys = CompletionKeys.of_table(rows)
+            run.run(rows, keys)
             self._check(run.report.known)
-            return reference_column(groups, self.store, self.column)
+            return reference_column(keys, self.store, self.column)
 
         return add_reference_to_stream(dataset, self.column, reference)
 
@@ -166,7 +185,7 @@ class Reference:
             self.store,
             self.score,
             layout=self._layout,
-            max_tokens=self._config.max_tokens_per_micro_batch,
+            max_tokens=self._max_tokens,
             shard=shard or self._shard,
         )
 

@@ -2,7 +2,7 @@
 
 A store is a folder of immutable Parquet parts, `<root>/<key>/part-<checksum>.parquet`, a row a completion:
 
-    key          16 bytes, hash of the prompt's and the completion's token ids as the model sees them (after truncation)
+    key          16 bytes, hash of the prompt's and the completion's token ids as the model sees them (`keys.py`)
     num_tokens   int32, scored tokens
     logp         fp32, their summed log-prob, in nats
     token_logps  list of fp32
@@ -16,7 +16,6 @@ alphabetically first part is served. No pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -44,32 +43,17 @@ from dpo_fast.reference.parts import (
 
 logger = logging.getLogger(__name__)
 
-# What a kill may lose is the part that is being written and what came since: at most 10 000 rows, or a minute.
-ROWS_PER_PART = 5_000
-SECONDS_PER_PART = 30.0
+ROWS_PER_PART = 10_000
+SECONDS_PER_PART = 60.0
 ROWS_IN_MEMORY = 1 << 20  # that no index covers yet, 32 bytes each
-
-
-def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], context_length: int = 0) -> bytes:
-    """128-bit key of a completion after its prompt; leading context of the completion counts as prompt."""
-    ids = np.asarray([*prompt_ids, *completion_ids], np.int64)
-    boundary = np.int64(len(prompt_ids) + context_length)
-    return hashlib.blake2b(boundary.tobytes() + ids.tobytes(), digest_size=16).digest()
-
-
-def key_array(keys: Sequence[bytes]) -> np.ndarray:
-    """Keys of 16 bytes as their two big-endian halves, uint64 [n, 2]."""
-    if any(len(key) != 16 for key in keys):
-        raise ValueError("keys: every key has 16 bytes, take them from completion_key")
-    return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 class ReferenceStore:
     """Reference log-probs of one reference model, in a folder under `root`.
 
     Opening verifies what no index covers yet, sets damaged parts aside, and brings the index up to date. A store is
-    used by one thread; parts are written on a thread of its own. A process that is killed loses the part being written
-    and what was added since. Lookups work after `close` too.
+    used by one thread; parts are written on a thread of its own. A process that is killed loses at most one part: what
+    was added since the last one, or the one being written, for `add` waits for it. Lookups work after `close` too.
 
     Args:
         root: any path that fsspec knows: a local one, `memory://…`, `s3://…`.
@@ -232,13 +216,12 @@ class ReferenceStore:
     def add(self, keys: np.ndarray, token_logps: Sequence[np.ndarray]) -> None:
         """Adds completions: keys, uint64 [n, 2], and an fp32 vector each; those that are there already are ignored.
 
-        A part is flushed every 5 000 rows or 30 s. What went wrong in writing one is raised by the next `add`, `flush`
-        or `close`, and its rows are kept for the next part.
+        A part is flushed every 10 000 rows or 60 s, and written while the caller computes what it adds next. What went
+        wrong in writing it is raised by the next `add`, `flush` or `close`, and its rows are kept for the next part.
         """
         if len(keys) != len(token_logps):
             raise ValueError(f"token_logps: {len(token_logps)} for {len(keys)} keys, give one array for each key")
-        if self._write is not None and self._write.done():
-            self._collect()
+        self._collect()
         found, _, _ = self.lookup(keys)
         for i in np.flatnonzero(~found):
             values = np.array(token_logps[i], np.float32)
