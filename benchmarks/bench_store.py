@@ -1,11 +1,14 @@
 """How long does a store of millions of reference log-probs take to open and to answer, and in how much memory?
 
-    python benchmarks/bench_store.py --rows 1000000 2000000 5000000 10000000 --out DIR
+    python benchmarks/bench_store.py --rows 1000000 10000000 50000000 --out DIR
 
 Makes synthetic stores in a temporary folder, parts of 10 000 completions of four tokens, and removes them. Of each
 size, in fresh processes: the first opening, which verifies every part and makes the index; openings after that, with a
 lookup of 100 000 keys, half of them present; and an opening that finds ten parts which the index does not cover. Every
 answer is checked before a time is reported. Peak memory is that of the process, mapped pages included.
+
+Also the second pass over 50 000 tokenised pairs of about 850 tokens whose log-probs are all known: keys of the 100 000
+completions, lookup, and the column of the dataset.
 
 The last line printed is one JSON object; the same goes to --out.
 """
@@ -38,7 +41,7 @@ NEW_PARTS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 2_000_000, 5_000_000, 10_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 2_000_000, 5_000_000, 10_000_000, 50_000_000])
     parser.add_argument("--repeats", type=int, default=5, help="of the opening with an index")
     parser.add_argument("--out", type=Path, help="benchmarks/results when left out")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # root and rows, in a process of its own
@@ -50,6 +53,7 @@ def main() -> None:
     from harness import RESULTS, environment, spread, write_result  # imports torch, which a measured process must not
 
     sizes = {rows: measure_size(rows, options.repeats, spread) for rows in options.rows}
+    second = second_pass(options.repeats)
     lines = [
         f"{'rows':>12}{'open':>10}{'lookup':>10}{'peak':>10}{'first open':>13}{'peak':>10}{'new parts':>12}{'peak':>10}"
     ]
@@ -59,9 +63,14 @@ def main() -> None:
             f"{size['peak_mib']:6.0f} MiB{size['first_open_seconds']:11.2f} s{size['first_peak_mib']:6.0f} MiB"
             f"{size['new_parts_seconds']:10.2f} s{size['new_parts_peak_mib']:6.0f} MiB"
         )
+    lines.append(
+        f"second pass over {second['completions']:,} completions, {second['tokens']:,} tokens: "
+        f"{spread(second['seconds'])['median']:.3f} s"
+    )
     result = {
         "question": "seconds and memory to open a store of reference log-probs and look 100 000 keys up",
         "sizes": {str(rows): size for rows, size in sizes.items()},
+        "second_pass": {**second, "seconds": spread(second["seconds"])},
         "summary": lines,
         "settings": {"rows": options.rows, "repeats": options.repeats, "asked": ASKED, "tokens": TOKENS},
         "environment": environment(),
@@ -98,6 +107,48 @@ def measure_size(rows: int, repeats: int, spread: Any) -> dict[str, Any]:
         "new_parts_seconds": new["open"],
         "new_parts_peak_mib": new["peak_mib"],
     }
+
+
+def second_pass(repeats: int) -> dict[str, Any]:
+    """Seconds that a pass takes when the store has all: opening it, keys of the rows, lookup, the new column."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from dpo_fast.reference.compute import ReferencePass, with_reference_logps
+    from dpo_fast.reference.keys import CompletionKeys
+
+    generator = np.random.default_rng(0)
+
+    def lists(lengths: np.ndarray) -> pa.ListArray:
+        ids = generator.integers(0, 49_152, lengths.sum(), np.int32)
+        return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), ids)
+
+    pairs = ASKED // 2
+    lengths = generator.integers(50, 600, 2 * pairs)
+    completions = pa.ListArray.from_arrays(pa.array(range(0, 2 * pairs + 1, 2), pa.int32()), lists(lengths))
+    rows = pa.table({"prompt_ids": lists(generator.integers(50, 350, pairs)), "completion_ids": completions})
+    seconds = []
+    with tempfile.TemporaryDirectory(prefix="bench_store-") as root:
+        Dataset(rows).save_to_disk(f"{root}/rows")
+        dataset = Dataset.load_from_disk(f"{root}/rows")  # mapped, as what a run prepares is
+        known = [np.full(1, -float(number), np.float32) for number in range(2 * pairs)]
+        with ReferenceStore(root, DESCRIPTION) as store:
+            store.add(CompletionKeys.of_dataset(dataset).values, known)
+        for _ in range(repeats):
+            began = time.perf_counter()
+            store, keys = ReferenceStore(root, DESCRIPTION), CompletionKeys.of_dataset(dataset)
+            ReferencePass(store, score=_nothing_to_score, layout="shared").over(dataset, keys, "train")
+            found = with_reference_logps(dataset, keys, store)
+            seconds.append(time.perf_counter() - began)
+            values = found.with_format("numpy")["ref_logps"][:]
+            if not np.array_equal(np.concatenate(list(values)), np.concatenate(known)):
+                raise SystemExit("the second pass did not find what the store was given")
+    tokens = sum(column.nbytes for column in rows.columns) // 4
+    return {"completions": 2 * pairs, "tokens": tokens, "seconds": seconds}
+
+
+def _nothing_to_score(packed: Any) -> Any:
+    raise SystemExit("the second pass computes something")
 
 
 def part_content(number: int) -> tuple[np.ndarray, np.ndarray]:
