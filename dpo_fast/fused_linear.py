@@ -129,8 +129,8 @@ class FusedLinearDPOLoss(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit; a completion has no scored position; the reference is
-                missing, or given twice; on a CPU also NaN or inf at a scored position, and targets outside the
-                vocabulary. On a GPU such values come out as a loss of NaN.
+                missing, or given twice; on a CPU also targets outside the vocabulary, which on a GPU come out as a
+                loss of NaN.
         """
         _check_target(target, _input)
         _check_head(target, _input.device, _input=_input, lin_weight=lin_weight, bias=bias)

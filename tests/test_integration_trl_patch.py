@@ -8,11 +8,13 @@ import logging
 import os
 import subprocess
 import sys
+from math import isnan
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from families import VOCAB, tiny_model, tiny_tokenizer
 from test_trainer import pairs
@@ -29,6 +31,7 @@ from dpo_fast import run_command as run  # noqa: E402
 from dpo_fast.integrations.trl import DPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 from dpo_fast.integrations.trl_batches import CannotPackError, pair_groups  # noqa: E402
 from dpo_fast.integrations.trl_kernel import LinearLogProbs  # noqa: E402
+from dpo_fast_kernels import tiles  # noqa: E402
 from test_integration_trl import TOLERANCE, assert_same_log, compared, make, trained  # noqa: E402
 
 
@@ -151,6 +154,34 @@ def test_the_environment_keeps_what_was_on_the_path():
 def test_a_program_that_is_not_there_is_refused(argv, message):
     with pytest.raises(ValueError, match=rf"program: .*{message}"):
         run.main(argv)
+
+
+# ---- runs that diverge ----
+
+
+class Diverge(TrainerCallback):
+    """Spoils a weight ahead of the third step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.fill_(torch.nan)
+
+
+def test_a_run_that_diverges_goes_on_and_logs_what_trls_does(folder, monkeypatch):
+    """Also where the head takes several tiles, whose coefficients are compared with those of the whole batch."""
+    monkeypatch.setattr(tiles, "CPU_GROUP_ROWS", 6)
+    logs = []
+    for trainer_class in (trl.DPOTrainer, DPOTrainer):
+        trainer = make(trainer_class, folder, max_steps=4, logging_nan_inf_filter=False)
+        trainer.add_callback(Diverge())
+        trainer.train()
+        trainer.evaluate()
+        logs.append(trainer.state.log_history)
+    for theirs, mine in zip(*logs, strict=True):
+        assert {name for name in mine if isnan(mine[name])} == {name for name in theirs if isnan(theirs[name])}
+    assert [isnan(row["loss"]) for row in logs[1][:4]] == [False, False, True, True]
+    assert isnan(logs[1][-1]["eval_loss"])
 
 
 # ---- TRL's own path ----

@@ -410,7 +410,6 @@ def test_no_rows():
 
 @pytest.mark.parametrize("argument, change", [
     ("hidden", {"hidden": torch.zeros(3, 2, 4)}),
-    ("hidden", {"hidden": torch.full((3, 4), torch.nan)}),
     ("weight", {"weight": torch.zeros(5, 3)}),
     ("weight", {"weight": torch.zeros(5, 4, device="meta")}),
     ("targets", {"targets": torch.tensor([0, 5, 1])}),

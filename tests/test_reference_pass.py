@@ -102,6 +102,17 @@ def test_a_store_that_lacks_rows_is_refused(store):
         with_stored(rows(6), store)
 
 
+def test_log_probs_that_are_nan_are_refused_and_not_kept(store):
+    class Diverged(Model):
+        def __call__(self, packed):
+            return super().__call__(packed).index_fill(0, torch.tensor([0]), torch.nan)
+
+    dataset = rows(4)
+    with pytest.raises(ValueError, match="^ref_model: 1 of a batch's .* token log-probs are NaN"):
+        run(dataset, store, Diverged())
+    assert run(dataset, store, Model()).report.computed == 8
+
+
 def test_only_missing_completions_run_and_each_once(store):
     dataset = rows(30)
     first, again, more = Model(), Model(), Model()

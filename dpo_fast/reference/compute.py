@@ -189,7 +189,8 @@ class ReferencePass:
         """Runs on a tokenised dataset, columns named as the attributes of `PreferenceGroup`, and closes the store.
 
         Raises:
-            ValueError: a single prompt with a completion does not fit the device's memory.
+            ValueError: a single prompt with a completion does not fit the device's memory, or the reference's
+                log-probs are NaN.
         """
         start = 0
         for rows in windows(dataset):
@@ -220,7 +221,7 @@ class ReferencePass:
         ) as progress:
             for batch, packed, logps in _lagging(self._scored(units)):
                 bounds = packed.score_layout.host_cu_scores[1:-1].tolist()
-                pieces = np.split(logps.float().cpu().numpy(), bounds)
+                pieces = np.split(_numbers(logps), bounds)
                 self._store.add(key_array([key for unit in batch for key in unit.keys]), pieces)
                 self.report.computed += len(pieces)
                 progress.update(sum(unit.cost for unit in batch))
@@ -275,6 +276,17 @@ def _lagging(items: Iterator[Item]) -> Iterator[Item]:
         previous = item
     if previous is not None:
         yield previous
+
+
+def _numbers(logps: Tensor) -> np.ndarray:
+    values = logps.float().cpu().numpy()
+    if np.isnan(values).any():  # kept, it would spoil every later run
+        raise ValueError(
+            f"ref_model: {int(np.isnan(values).sum())} of a batch's {len(values)} token log-probs are NaN and were not "
+            "kept; a weight of the reference is NaN or inf, or it overflows in its dtype: take a checkpoint that has "
+            "not diverged, or load it in bf16 or fp32"
+        )
+    return values
 
 
 # ---- results ----

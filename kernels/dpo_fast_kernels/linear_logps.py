@@ -304,9 +304,10 @@ def linear_logps(
             without gradient when `budget_bytes` is too small for a tile.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit; on a CPU also targets outside the vocabulary, NaN or
-            inf in hidden, and a `cu_scores` that does not end at N or holds an empty completion. The message names the
-            argument. On a GPU such values come out as NaN: to look at them would wait for the device.
+        ValueError: shapes, dtypes, devices or options do not fit; on a CPU also targets outside the vocabulary, and a
+            `cu_scores` that does not end at N or holds an empty completion. The message names the argument. On a GPU
+            such values come out as NaN: to look at them would wait for the device. NaN or inf in hidden is no error:
+            log-probs of those rows are not finite, on any device.
     """
     check_head(hidden, weight, targets, bias, budget_bytes)
     check_statistics(statistics)

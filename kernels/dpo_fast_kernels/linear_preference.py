@@ -173,7 +173,7 @@ def _add_split_group(
 
 def _checked(value: Tensor, used: Tensor, whole: Tensor) -> Tensor:
     """Returns the loss if the gradients that tiles took are those of the whole batch: an error, or NaN on a GPU."""
-    same = torch.isclose(used, whole, rtol=1e-3, atol=0.0).all()
+    same = torch.isclose(used, whole, rtol=1e-3, atol=0.0, equal_nan=True).all()
     if value.device.type == "cpu" and not same:
         raise ValueError(
             "loss: the gradient of a completion depends on completions of other groups, whose log-probs are not known "
@@ -257,8 +257,8 @@ def linear_preference_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the loss is no scalar, or couples groups; on a CPU
-            also targets outside the vocabulary, and NaN or inf in hidden. The message names the argument. On a GPU such
-            values, and a loss that couples groups, come out as a loss of NaN.
+            also targets outside the vocabulary. The message names the argument. On a GPU such values, and a loss that
+            couples groups, come out as a loss of NaN, as does NaN in hidden on any device.
     """
     check_head(hidden, weight, targets, bias, budget_bytes)
     check_statistics(statistics)
