@@ -21,7 +21,7 @@ def prepare_preferences(
     tokenizer: PreTrainedTokenizerBase,
     config: DPOConfig,
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     name: str,
 ) -> tuple[Dataset | IterableDataset, DataSummary | None]:
     """Returns the groups, and what became of the rows: None for a stream, whose rows are not known yet.

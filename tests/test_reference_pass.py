@@ -248,12 +248,25 @@ def test_the_audit_allows_rounding_and_nothing_else(store):
             Model(rounding=0.0)(packed) + off + (rounding if len(packed.completion_lengths) > 8 else 0.0)
         )
 
-    audit(some_groups(), store, score(0.0), layout="shared")
-    audit(some_groups(), store, score(1e-6), layout="shared")
-    audit(some_groups(), store, score(2e-4, rounding=1e-4), layout="shared")
+    audit(some_groups(), store, score(0.0), layout="shared", dtype=torch.float32)
+    audit(some_groups(), store, score(1e-6), layout="shared", dtype=torch.float32)
+    audit(some_groups(), store, score(2e-4, rounding=1e-4), layout="shared", dtype=torch.float32)
     for wrong in (score(2e-4), score(0.01, rounding=1e-4), score(float("nan"))):
         with pytest.raises(ValueError, match="holds a reference log-prob of .* Remove the folder"):
-            audit(some_groups(), store, wrong, layout="shared")
+            audit(some_groups(), store, wrong, layout="shared", dtype=torch.float32)
+
+
+def test_the_audit_knows_how_coarse_16_bits_are(store):
+    """A second run in another batch may round alike, where the batch of the store did not."""
+    run(rows(4), store, Model(rounding=0.0))
+
+    def score(off: float):
+        return lambda packed: Model(rounding=0.0)(packed) + off
+
+    audit(some_groups(), store, score(2e-3), layout="shared", dtype=torch.bfloat16)
+    for off, dtype in ((0.1, torch.bfloat16), (2e-3, torch.float32)):
+        with pytest.raises(ValueError, match="Remove the folder"):
+            audit(some_groups(), store, score(off), layout="shared", dtype=dtype)
 
 
 def test_the_audit_runs_few_tokens(store):
@@ -262,7 +275,7 @@ def test_the_audit_runs_few_tokens(store):
     )
     run(dataset, store, Model(rounding=0.0))
     model = Model(rounding=0.0)
-    audit([PreferenceGroup.from_row(row) for row in dataset], store, model, layout="shared")
+    audit([PreferenceGroup.from_row(row) for row in dataset], store, model, layout="shared", dtype=torch.float32)
     assert [packed.num_tokens for packed in model.batches] == [420]
 
 

@@ -16,12 +16,15 @@ from dpo_fast.reference.store import ReferenceStore
 TOKENS = 512  # that are run again, but at least one group
 
 
-def audit(groups: Sequence[PreferenceGroup], store: ReferenceStore, score: Score, *, layout: Layout) -> None:
+def audit(
+    groups: Sequence[PreferenceGroup], store: ReferenceStore, score: Score, *, layout: Layout, dtype: torch.dtype
+) -> None:
     """Recomputes log-probs that the store has with the live reference, and compares.
 
-    The smallest of `groups` run again. Their log-probs may be off by 1e-4 nat and 2e-6 of themselves; where they are,
-    as they are in 16 bits, the groups run once more in another batch, and four times the largest difference of these
-    two runs is what rounding may do.
+    The smallest of `groups` run again, in other company than before. Rounding may move a log-prob by 1e-4 nat, 2e-6 of
+    itself, and four of the dtype's steps (0.03 nat in bf16) for each token, adding up as errors of either sign do.
+    Where that does not explain a difference, the groups run once more in another batch, and four times the largest
+    difference of these two runs is what rounding may do on top.
 
     Raises:
         ValueError: the store's numbers are not the reference's.
@@ -31,7 +34,8 @@ def audit(groups: Sequence[PreferenceGroup], store: ReferenceStore, score: Score
         return
     stored = torch.from_numpy(store.lookup(key_array([key for group in groups for key in group_keys(group)]))[1])
     found = _sums(score, pack(groups, layout))
-    allowed = 1e-4 + 2e-6 * found.abs()
+    tokens = torch.tensor([len(ids) for group in groups for ids in group.completion_ids])
+    allowed = 1e-4 + 2e-6 * found.abs() + 4 * torch.finfo(dtype).eps * tokens.sqrt()
     if ((stored - found).abs() <= allowed).all():
         return
     twice = _sums(score, pack([*groups, *groups], layout))[: len(found)]

@@ -97,18 +97,22 @@ class Reference:
     def store(self) -> ReferenceStore:
         return ReferenceStore(self._root, self._description())
 
-    def _description(self) -> dict[str, object]:
+    @functools.cached_property
+    def _dtype(self) -> torch.dtype:
+        """Of the computation."""
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
-        dtype = mixed or next(self.model.parameters()).dtype
+        return mixed or next(self.model.parameters()).dtype
+
+    def _description(self) -> dict[str, object]:
         backend = (
-            attention_backend(self._accelerator.device, dtype)[0]
+            attention_backend(self._accelerator.device, self._dtype)[0]
             if self._layout == "shared"
             else self.model.config._attn_implementation
         )
         return reference_description(
             self.model,
             adapters=self._adapters,
-            dtype=dtype,
+            dtype=self._dtype,
             attention=f"{self._layout}/{backend}",
             weights=self._fingerprint(self.model, self._adapters),
         )
@@ -192,5 +196,5 @@ class Reference:
     def _check(self, known: Sequence[PreferenceGroup]) -> None:
         """Recomputes some of what the store had, once a run."""
         if known and not self._audited:
-            audit(known, self.store, self.score, layout=self._layout)
+            audit(known, self.store, self.score, layout=self._layout, dtype=self._dtype)
             self._audited = True
