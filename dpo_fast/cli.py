@@ -1,4 +1,4 @@
-"""The command line: `dpo-fast train | cache | score | run | demo | doctor`.
+"""The command line: `dpo-fast train | cache | score | bench | run | demo | doctor`.
 
 Everything that can be seen to be wrong before a model is loaded is reported before. A mistake in the input ends with
 status 2 and one line on stderr; a traceback means a bug.
@@ -193,6 +193,24 @@ def score(argv: list[str]) -> int:
     return score_command.score(options, arguments, _split(dataset, options.split, "--split"))
 
 
+def bench(argv: list[str]) -> int:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # before PyTorch is imported: one process is measured
+    from dpo_fast.arguments import parse_train_arguments
+    from dpo_fast.bench import command
+    from dpo_fast.cache_command import scratch_output
+
+    options, flags = command.parser().parse_known_args(argv)
+    arguments = parse_train_arguments([*flags, *scratch_output()])
+    check_paths(arguments)
+    command.check(options, arguments)
+
+    from dpo_fast.data import load_preference_dataset
+
+    dataset = load_preference_dataset(arguments.data.dataset_name, config_name=arguments.data.dataset_config)
+    split = _split(dataset, arguments.data.dataset_train_split, "--dataset_train_split")
+    return command.bench(options, flags, arguments, split)
+
+
 def run(argv: list[str]) -> NoReturn:
     from dpo_fast.run_command import main
 
@@ -225,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", add_help=False, help="train a model on preferences; flags are those of `trl dpo`")
     commands.add_parser("cache", add_help=False, help="compute reference log-probs ahead, or look after those kept")
     commands.add_parser("score", add_help=False, help="the rewards that a trained model gives to preferences")
+    commands.add_parser("bench", add_help=False, help="what training on these data costs, and the settings to take")
     commands.add_parser("run", add_help=False, help="run a program with TRL accelerated: dpo-fast run -- trl dpo …")
     show = commands.add_parser(
         "demo", help="train a small model on the preferences in this package and show the change"
@@ -245,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        taking_other_flags = {"train": train, "cache": cache, "score": score, "run": run}
+        taking_other_flags = {"train": train, "cache": cache, "score": score, "bench": bench, "run": run}
         if argv and argv[0] in taking_other_flags:
             return taking_other_flags[argv[0]](argv[1:])
         options = _parser().parse_args(argv)
@@ -264,7 +283,8 @@ def _is_input_mistake(error: Exception) -> bool:
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     prepares = any(
-        frame.f_code in (prepare.__code__, cache.__code__, score.__code__, doctor.__code__) for frame in frames
+        frame.f_code in (prepare.__code__, cache.__code__, score.__code__, bench.__code__, doctor.__code__)
+        for frame in frames
     )
     refused = frames[-1].f_globals.get("__name__", "").startswith("dpo_fast")
     return prepares or refused or isinstance(error, ModuleNotFoundError)

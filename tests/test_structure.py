@@ -1,6 +1,6 @@
 """The layers of the code: arrows between files point down, and the names that must stay free stay free.
 
-cli, arguments, doctor, demo, integrations → trainer → data, sampler, reference, coupling, forward, metrics
+cli, arguments, doctor, bench, demo, integrations → trainer → data, sampler, reference, coupling, forward, metrics
     → groups, losses, head, attention → dpo_fast_kernels
 """
 
@@ -23,7 +23,7 @@ LAYERS = (
     | {"metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
-    {"cli", "arguments", "cache_command", "score_command", "run_command", "doctor", "demo", "integrations"},
+    {"cli", "arguments", "cache_command", "score_command", "run_command", "bench", "doctor", "demo", "integrations"},
 )
 ENTRIES = {"cli", "integrations"}
 
