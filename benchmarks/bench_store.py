@@ -41,7 +41,9 @@ NEW_PARTS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 2_000_000, 5_000_000, 10_000_000, 50_000_000])
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1_000_000, 2_000_000, 5_000_000, 10_000_000, 50_000_000]
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of the opening with an index")
     parser.add_argument("--out", type=Path, help="benchmarks/results when left out")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # root and rows, in a process of its own

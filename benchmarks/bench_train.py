@@ -1,347 +1,298 @@
-"""How many preference pairs per second does a training step handle, against another trainer on the same rows?
+"""How many preference pairs per second does a training step handle, against other trainers on the same rows?
 
-    python benchmarks/bench_train.py --dataset pairs.json --max_length 512 --batch_size 4 --against trl
+    python benchmarks/bench_train.py --dataset pairs.json --max_length 1024 --batch_size 4 --against trl plain
+    python benchmarks/bench_train.py --dataset pairs.json --max_length 1024 --best --global_batch 8
+    python benchmarks/bench_train.py --synthetic ultrafeedback --model llama-3.2-1b --precision bf16
 
-Each side lives in its own process (so peak memory is its own) and both take turns, a step each, while the other waits.
-Rows, order, seed, precision, optimizer and batch are the same; reference log-probs are computed before the clock starts
-on both sides; nobody recomputes activations. The losses of all steps are compared before any time is reported. The
-first step of each side warms up and does not count.
+Each side (`train_providers.py`) lives in a process of its own, so peak memory is its own, and the sides take turns, a
+step each, while the others wait. Token ids, order, seed, precision, optimizer and batch are the same; reference
+log-probs are computed before the clock starts. Losses and gradient norms of all steps are compared before any time is
+reported. The first step of each side warms up and does not count; after the timed ones another is watched for host
+syncs and time by part (`train_probe.py`) and does not count either. A side that runs out of memory is reported as such.
+
+same settings   the default: --batch_size groups in one micro-batch, times --accumulation, on every side
+best against    --best: an optimizer step is --global_batch groups, and every side first tries micro-batches of 1, 2, 4
+best            and 8 of its rows, one warm-up and one timed step each, with activation checkpointing where it does not
+                fit without; then the fastest settings are timed as above
 
 With --group_size K the rows are prompts with K ranked completions and no tie. A step is --batch_size such groups for
-us, and for the other side the K·(K−1)/2 pairs of each of them, in one micro-batch.
+dpo_fast, and for the others the K·(K−1)/2 pairs of each of them.
 
-The last line printed is one JSON object; the same is written to benchmarks/results/ unless --no_result.
+    --grid max_length=512,1024 batch_size=1,2,4 lora=no,yes
+
+runs all combinations one after the other, a result file each; a point that fails does not stop the others.
+
+The last line printed is one JSON object (one a point of a grid); all of it is written to --out unless --no_result.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import environment, spread, write_result
+from datasets import disable_progress_bars
+from harness import RESULTS, environment, write_result
+from train_models import RANDOM_MODELS, model_config
+from train_setting import PROVIDER_NAMES, Setting
+from train_side import DoesNotFit, Side
+from train_summary import GRADIENT_TOLERANCE, LOSS_TOLERANCE, bare_gemm_rate, check_values, figures, table
+from train_workloads import PUBLISHED, Group, dataset_groups, save_rows, synthetic_groups
 
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+MICRO_BATCHES = (1, 2, 4, 8)
+GRID_CHOICES = {"lora": ("no", "yes"), "precision": tuple(LOSS_TOLERANCE), "synthetic": tuple(PUBLISHED)}
+GRID_OPTIONS = ("max_length", "batch_size", "global_batch", "group_size", "model", *GRID_CHOICES)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="hub name, file or folder, in any format of dpo-fast train")
-    parser.add_argument("--model", help="name or path; the demo's model when left out")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--dataset", help="hub name, file or folder, in any format of dpo-fast train")
+    rows.add_argument("--synthetic", choices=PUBLISHED, help="random tokens with the lengths of a published dataset")
+    parser.add_argument("--model", help=f"folder, hub name or random {', '.join(RANDOM_MODELS)}; default the demo's")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=4, help="pairs a step, in one micro-batch")
-    parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt; --batch_size counts groups")
+    parser.add_argument("--batch_size", type=int, default=4, help="groups of a micro-batch, same settings")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step, same settings")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, same settings")
+    parser.add_argument("--best", action="store_true", help="best against best, instead of same settings")
+    parser.add_argument("--global_batch", type=int, default=8, help="groups of a step, best against best")
+    parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
     parser.add_argument("--precision", choices=sorted(LOSS_TOLERANCE), default="fp32")
-    parser.add_argument("--against", choices=["trl"], default="trl")
+    parser.add_argument("--against", nargs="+", choices=PROVIDER_NAMES[1:], default=["trl"])
     parser.add_argument("--lora", action="store_true", help="train a rank-16 adapter instead of all weights")
+    parser.add_argument("--memory_gib", type=float, help="what a side may allocate; default what is free")
+    parser.add_argument("--grid", nargs="+", metavar="OPTION=VALUE,…", help=f"of {', '.join(GRID_OPTIONS)}")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no_result", action="store_true", help="print only, write no file")
-    return parser.parse_args()
+    options = parser.parse_args(argv)
+    try:
+        options.points = _points(options.grid)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _points(grid: Sequence[str] | None) -> list[dict[str, Any]]:
+    """All combinations of what --grid lists; one without any."""
+    values: dict[str, list[Any]] = {}
+    for part in grid or ():
+        name, _, listed = part.partition("=")
+        if name not in GRID_OPTIONS or not listed:
+            raise ValueError(f"--grid: {part!r} is not known; write OPTION=VALUE,… with one of {list(GRID_OPTIONS)}")
+        values[name] = [_value(name, text) for text in listed.split(",")]
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def _value(name: str, text: str) -> Any:
+    if name in GRID_CHOICES:
+        if text not in GRID_CHOICES[name]:
+            raise ValueError(f"--grid: {name}={text} is not known; choose from {list(GRID_CHOICES[name])}")
+        return text == "yes" if name == "lora" else text
+    if name == "model":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--grid: {name}={text} must be a whole number of at least 1")
+    return int(text)
 
 
 def main() -> None:
     options = parse()
-    if options.model is None:
+    disable_progress_bars()
+    failed = 0
+    for point in options.points:
+        try:
+            run(argparse.Namespace(**{**vars(options), **point}))
+        except (SystemExit, ValueError) as error:
+            if not options.grid:
+                raise
+            failed += 1
+            print(f"{point}: {error}", flush=True)
+    if failed:
+        sys.exit(f"{failed} of {len(options.points)} points failed, see above")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One comparison: prepares the rows, runs the sides, checks them, prints and writes the result."""
+    is_demo = options.model is None
+    if is_demo:
         from dpo_fast.demo.model import demo_model
 
         options.model = str(demo_model())
-    context = multiprocessing.get_context("spawn")
+    groups_a_step = options.global_batch if options.best else options.batch_size * options.accumulation
+    settings = {name: _setting(options, name) for name in ("dpo_fast", *options.against)}
+    trials: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sides = [_Side(context, name, options, folder) for name in ("dpo_fast", options.against)]
-        for side in sides:  # one after the other: loading and reference pass do not disturb each other
-            side.start()
-        for _ in range(options.steps + 1):
-            for side in sides:
-                side.step()
-        reports = {side.name: side.finish() for side in sides}
+        groups = _groups(options, groups_a_step * settings["dpo_fast"].all_steps)
+        save_rows(groups, folder)
+        if options.best:
+            settings = {name: _fastest(setting, folder, trials) for name, setting in settings.items()}
+        does_not_fit = {name: "at no micro-batch" for name, setting in settings.items() if setting is None}
+        settings = {name: setting for name, setting in settings.items() if setting}
+        reports, turns = _run(settings, folder, does_not_fit)
+    if "dpo_fast" not in reports:
+        sys.exit(f"dpo_fast does not fit: {does_not_fit['dpo_fast']}; lower batch_size or max_length")
     _check_losses(reports, LOSS_TOLERANCE[options.precision])
-    result = _summary(options, reports)
-    _print_table(result)
-    if not options.no_result:
-        what = f"{'lora' if options.lora else 'full'}-{options.precision}-len{options.max_length}-b{options.batch_size}"
-        what += f"-k{options.group_size}" if options.group_size > 2 else ""
-        print("written to", write_result(f"train-{what}-vs-{options.against}", result))
-    rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
-    print(json.dumps({"speedup": result["speedup"], "pairs_per_second": rates, "settings": result["settings"]}))
-
-
-class _Side:
-    """One trainer in a process of its own, that runs a step when it is told to."""
-
-    def __init__(self, context, name: str, options: argparse.Namespace, folder: str):
-        self.name = name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(name, options, folder, theirs), daemon=True)
-        self._process.start()
-
-    def _receive(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            sys.exit(f"{self.name} ended with an error, see above")
-
-    def start(self) -> None:
-        self._pipe.send("start")
-        self._receive()
-
-    def step(self) -> None:
-        self._pipe.send("step")
-        self._receive()
-
-    def finish(self) -> dict[str, Any]:
-        self._pipe.send("finish")
-        report = self._receive()
-        self._process.join()
-        return report
-
-
-def _work(name: str, options: argparse.Namespace, folder: str, pipe) -> None:
-    """The child process: builds the trainer, then one optimizer step for every message."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    pipe.recv()
-    import torch
-    from transformers import TrainerCallback
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
-    seconds, tokens = [], []
-
-    class TakeTurns(TrainerCallback):
-        """Waits for its turn before the first step and after every step; the clock runs in between."""
-
-        def _wait(self) -> None:
-            pipe.recv()
-            self.began = time.perf_counter()
-
-        def on_train_begin(self, *args, **kwargs):
-            _reset_peak_memory(torch)
-            pipe.send("ready")
-            self._wait()
-
-        def on_step_end(self, *args, **kwargs):
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.began)
-            pipe.send("done")
-            if len(seconds) <= options.steps:
-                self._wait()
-
-    began = time.perf_counter()
-    trainer = _TRAINERS[name](options, folder, tokens)
-    prepared = time.perf_counter() - began
-    trainer.add_callback(TakeTurns())
-    trainer.train()
-    pipe.recv()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    pipe.send(
-        {
-            "losses": losses,
-            "seconds": seconds[1:],
-            "token_positions": tokens[1 : len(seconds)],
-            "peak_memory_gib": _peak_memory(torch) / 2**30,
-            "seconds_before_training": prepared,
-        }
-    )
-
-
-def _pairs_a_group(options: argparse.Namespace) -> int:
-    return options.group_size * (options.group_size - 1) // 2
-
-
-def _arguments(options: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
-    import torch
-
-    return {
-        "output_dir": str(Path(folder, name)),
-        "max_length": options.max_length,
-        "max_steps": options.steps + 1,
-        "per_device_train_batch_size": options.batch_size * (1 if name == "dpo_fast" else _pairs_a_group(options)),
-        **({"train_sampling_strategy": "sequential"} if options.group_size > 2 else {}),
-        "learning_rate": 1e-6,
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "bf16": options.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "precompute_ref_log_probs": True,
-    }
-
-
-def _rows(options: argparse.Namespace):
-    """The first rows that fill all steps, as prompt, chosen and rejected messages: a form that every trainer reads."""
-    from datasets import Dataset, DatasetDict
-    from transformers import AutoTokenizer
-
-    from dpo_fast.data import prepare_dataset
-    from dpo_fast.formats import detect_format
-    from dpo_fast.loading import load_preference_dataset
-
-    dataset = load_preference_dataset(options.dataset)
-    if isinstance(dataset, DatasetDict):
-        dataset = dataset["train"]
-    read = detect_format(dataset.column_names).read
-    rows = []
-    for row in dataset:
-        example = read(row)
-        if options.group_size > 2 and (
-            len(example.completions) != options.group_size or len(example.comparisons) != _pairs_a_group(options)
-        ):
-            continue
-        for winner, loser in example.comparisons:
-            rows.append(
-                {
-                    "prompt": example.prompt,
-                    "chosen": example.completions[winner],
-                    "rejected": example.completions[loser],
-                }
-            )
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    needed = (options.steps + 1) * options.batch_size * _pairs_a_group(options)
-    usable = needed
-    while True:  # rows whose prompt fills max_length are dropped by both sides
-        chosen = Dataset.from_list(rows[:usable])
-        prepared, _ = prepare_dataset(chosen, tokenizer, max_length=options.max_length, name="benchmark")
-        if len(prepared) >= needed:
-            return chosen
-        if usable >= len(rows):
-            sys.exit(f"--steps {options.steps} needs {needed} usable pairs; {options.dataset} has {len(prepared)}")
-        usable += needed - len(prepared)
-
-
-def _peft_config(options: argparse.Namespace):
-    if not options.lora:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _counted(collator, count, tokens: list[int]):
-    def collate(rows):
-        batch = collator(rows)
-        tokens.append(count(batch))
-        return batch
-
-    return collate
-
-
-def _dpo_fast(options: argparse.Namespace, folder: str, tokens: list[int]):
-    from dpo_fast.config import DPOConfig
-    from dpo_fast.trainer import DPOTrainer
-
-    trainer = DPOTrainer(
-        options.model,
-        args=DPOConfig(
-            **_arguments(options, folder, "dpo_fast"),
-            reference_cache_dir=str(Path(folder, "reference")),
-            group_by_prompt=options.group_size > 2,
-        ),
-        train_dataset=_rows(options),
-        peft_config=_peft_config(options),
-    )
-    trainer.data_collator = _counted(
-        trainer.data_collator, lambda batch: sum(p.input_ids.numel() for p in batch["packs"]), tokens
-    )
-    return trainer
-
-
-def _trl(options: argparse.Namespace, folder: str, tokens: list[int]):
-    import torch
-    import trl
-    from transformers.utils import is_flash_attn_2_available
-
-    flash = torch.cuda.is_available() and is_flash_attn_2_available() and options.precision == "bf16"
-    trainer = trl.DPOTrainer(
-        options.model,
-        args=trl.DPOConfig(
-            **_arguments(options, folder, "trl"),
-            model_init_kwargs={"attn_implementation": "flash_attention_2" if flash else "sdpa"},
-        ),
-        train_dataset=_rows(options),
-        peft_config=_peft_config(options),
-    )
-    trainer.data_collator = _counted(trainer.data_collator, lambda batch: batch["input_ids"].numel(), tokens)
-    return trainer
-
-
-_TRAINERS = {"dpo_fast": _dpo_fast, "trl": _trl}
-
-
-def _reset_peak_memory(torch) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of resident memory starts anew
-
-
-def _peak_memory(torch) -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def _check_losses(reports: dict[str, dict[str, Any]], tolerance: float) -> None:
-    (name, ours), (other, theirs) = reports.items()
-    for step, (a, b) in enumerate(zip(ours["losses"], theirs["losses"], strict=True)):
-        if abs(a - b) > tolerance * abs(b):
-            sys.exit(f"step {step}: {name} has loss {a}, {other} has {b}; what computes something else is not timed")
-
-
-def _summary(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    pairs = options.batch_size * _pairs_a_group(options)
-    sides = {}
-    for name, report in reports.items():
-        sides[name] = {
-            "pairs_per_second": pairs * len(report["seconds"]) / sum(report["seconds"]),
-            "seconds_per_step": spread(report["seconds"]),
-            "peak_memory_gib": report["peak_memory_gib"],
-            "token_positions": sum(report["token_positions"]),
-            "seconds_before_training": report["seconds_before_training"],
-            "losses": report["losses"],
-        }
-    ours, theirs = sides["dpo_fast"], sides[options.against]
-    ratios = [b / a for a, b in zip(reports["dpo_fast"]["seconds"], reports[options.against]["seconds"], strict=True)]
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-    return {
-        "question": "pairs per second of a training step, same settings on both sides",
-        "speedup": ours["pairs_per_second"] / theirs["pairs_per_second"],
-        "speedup_per_step": spread(ratios),
-        "memory_ratio": ours["peak_memory_gib"] / theirs["peak_memory_gib"],
-        "largest_loss_difference": max(differences),
-        "settings": {
-            **{key: value for key, value in vars(options).items() if key != "no_result"},
-            "dataset": Path(options.dataset).name,
-            "model": Path(options.model).name,
-        },
-        "sides": sides,
+    check_values(reports, "gradient_norms", "gradient norm", GRADIENT_TOLERANCE[options.precision])
+    compared = figures(reports, settings, groups, groups_a_step, bare_gemm_rate(options.model, options.precision))
+    result = {
+        "question": "pairs per second of a training step, "
+        + ("each side at its fastest setting" if options.best else "same settings on every side"),
+        **next(iter(compared["against"].values()), {}),
+        **compared,
+        "does_not_fit": does_not_fit,
+        **({"trials": trials} if options.best else {}),
+        "turns": turns,
+        "settings": _recorded(options),
         "environment": environment(),
     }
+    result["summary"] = table(result)
+    print("\n".join(result["summary"]))
+    if not options.no_result:
+        print("written to", write_result(_question(options, is_demo), result, options.out))
+    rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
+    last = {"speedup": result.get("speedup"), "pairs_per_second": rates, "settings": result["settings"]}
+    print(json.dumps(last), flush=True)
+    return result
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    print(f"{'':12}{'pairs/s':>10}{'s/step':>10}{'p20–p80':>16}{'peak GiB':>10}{'positions':>11}")
-    for name, side in result["sides"].items():
-        step = side["seconds_per_step"]
-        print(
-            f"{name:12}{side['pairs_per_second']:10.4f}{step['median']:10.2f}"
-            f"{step['p20']:9.2f}–{step['p80']:<6.2f}{side['peak_memory_gib']:10.2f}{side['token_positions']:11d}"
-        )
-    print(
-        f"speed-up {result['speedup']:.2f}×, peak memory {result['memory_ratio']:.2f}×, "
-        f"largest relative difference of a loss {result['largest_loss_difference']:.1e}"
+def _setting(options: argparse.Namespace, provider: str) -> Setting:
+    return Setting(
+        provider,
+        options.model,
+        micro_batch=_rows_of(options, provider, options.global_batch if options.best else options.batch_size),
+        accumulation=1 if options.best else options.accumulation,
+        checkpointing=options.checkpointing,
+        precision=options.precision,
+        lora=options.lora,
+        max_length=options.max_length,
+        steps=options.steps,
+        memory_gib=options.memory_gib,
     )
+
+
+def _rows_of(options: argparse.Namespace, provider: str, groups: int) -> int:
+    """What groups are in a side's own rows."""
+    return groups * (1 if provider == "dpo_fast" else options.group_size * (options.group_size - 1) // 2)
+
+
+def _groups(options: argparse.Namespace, count: int) -> list[Group]:
+    lengths = {"group_size": options.group_size, "max_length": options.max_length}
+    vocab_size = model_config(options.model).get_text_config().vocab_size
+    if options.synthetic:
+        return synthetic_groups(options.synthetic, count, vocab_size=vocab_size, **lengths)
+    from transformers import AutoTokenizer
+
+    from dpo_fast.demo.model import demo_model
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model() if options.model in RANDOM_MODELS else options.model)
+    return dataset_groups(options.dataset, count, tokenizer=tokenizer, vocab_size=vocab_size, **lengths)
+
+
+def _fastest(setting: Setting, folder: str, trials: dict[str, list[dict[str, Any]]]) -> Setting | None:
+    """Tries the micro-batches that make up the setting's step; returns the fastest, or None when none fits."""
+    tried: dict[Setting, float] = {}
+    too_large: set[bool] = set()  # with and without checkpointing
+    for micro_batch in (size for size in MICRO_BATCHES if setting.rows % size == 0):
+        for checkpointing in (False, True):
+            if checkpointing in too_large:  # a smaller micro-batch did not fit
+                continue
+            trial = replace(
+                setting, micro_batch=micro_batch, accumulation=setting.rows // micro_batch, checkpointing=checkpointing
+            )
+            record: dict[str, Any] = {"micro_batch": micro_batch, "checkpointing": checkpointing}
+            trials.setdefault(setting.provider, []).append(record)
+            try:
+                (report,) = _interleaved([replace(trial, steps=1, watched=False)], folder)
+            except DoesNotFit as error:
+                too_large.add(checkpointing)
+                record["does_not_fit"] = error.reason
+            else:
+                (tried[trial],) = report["seconds"]
+                record["seconds"], record["peak_memory_gib"] = tried[trial], report["peak_memory_gib"]
+            print(f"tried {setting.provider}: {record}", flush=True)
+            if "seconds" in record:
+                break  # computing activations again only takes longer
+    return min(tried, key=tried.get) if tried else None
+
+
+def _run(
+    settings: Mapping[str, Setting], folder: str, does_not_fit: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Reports of the sides that fit: by turns, or one after the other where memory does not hold them all at once."""
+    left = dict(settings)
+    while left:
+        try:
+            return dict(zip(left, _interleaved(list(left.values()), folder), strict=True)), "a step each"
+        except DoesNotFit as error:
+            print(f"{error.provider} ran out of memory: {error.reason}", flush=True)
+            if len(left) > 1 and _fits_alone(left[error.provider], folder):
+                break
+            does_not_fit[error.provider] = error.reason
+            del left[error.provider]
+    reports = {}
+    for name, setting in left.items():
+        try:
+            (reports[name],) = _interleaved([setting], folder)
+        except DoesNotFit as error:
+            does_not_fit[name] = error.reason
+    return reports, "all steps of one side, then of the next"
+
+
+def _fits_alone(setting: Setting, folder: str) -> bool:
+    try:
+        _interleaved([setting], folder)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def _interleaved(settings: Sequence[Setting], folder: str) -> list[dict[str, Any]]:
+    """Reports of sides that take turns, a step each."""
+    sides = [Side(setting, folder) for setting in settings]
+    try:
+        for side in sides:  # one after the other: loading and reference pass do not disturb each other
+            side.start()
+        for _ in range(settings[0].all_steps):
+            for side in sides:
+                side.step()
+        return [side.finish() for side in sides]
+    finally:
+        for side in sides:
+            side.stop()
+
+
+def _check_losses(reports: Mapping[str, Mapping[str, Any]], tolerance: float) -> None:
+    check_values(reports, "losses", "loss", tolerance)
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    left_out = ("no_result", "out", "grid", "points")
+    named = {name: Path(getattr(options, name)).name for name in ("dataset", "model") if getattr(options, name)}
+    return {**{name: value for name, value in vars(options).items() if name not in left_out}, **named}
+
+
+def _question(options: argparse.Namespace, is_demo: bool) -> str:
+    """The result file's name, without what is as usual."""
+    batch = f"global{options.global_batch}" if options.best else f"b{options.batch_size}"
+    parts = [
+        "train-best" if options.best else "train",
+        *([] if is_demo else [Path(options.model).name]),
+        *([options.synthetic] if options.synthetic else []),
+        "lora" if options.lora else "full",
+        f"{options.precision}-len{options.max_length}-{batch}",
+        *([f"x{options.accumulation}"] if options.accumulation > 1 and not options.best else []),
+        *(["checkpointing"] if options.checkpointing and not options.best else []),
+        *([f"k{options.group_size}"] if options.group_size > 2 else []),
+        f"vs-{'-'.join(options.against)}",
+    ]
+    return "-".join(parts)
 
 
 if __name__ == "__main__":
