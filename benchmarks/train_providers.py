@@ -25,7 +25,7 @@ from train_side import Turns
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import is_flash_attn_2_available
 
-BETA, LEARNING_RATE, MAX_GRAD_NORM, SEED = 0.1, 1e-6, 1.0, 42
+BETA, MAX_GRAD_NORM, SEED = 0.1, 1.0, 42
 Log = list[Mapping[str, float]]  # loss and grad_norm of every step
 Train = Callable[[Turns], Log]
 
@@ -78,7 +78,7 @@ def _arguments(setting: Setting, output: str) -> dict[str, Any]:
         "gradient_checkpointing": setting.checkpointing,
         "train_sampling_strategy": "sequential",
         "beta": BETA,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": setting.learning_rate,
         "max_grad_norm": MAX_GRAD_NORM,
         "router_aux_loss_coef": 0.0,  # the plain loop has none
         "seed": SEED,
@@ -219,7 +219,7 @@ def _plain(setting: Setting, folder: str, output: str) -> Train:
     def train(turns: Turns) -> Log:
         collate = turns.collating(_padded, lambda batch: batch[0].numel())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setting.all_steps)
         model.train()
         log = []

@@ -23,6 +23,7 @@ class Setting:
         steps: timed optimizer steps; one before them warms up.
         watched: whether one more step is watched for host syncs and time by part.
         memory_gib: what the process may allocate; None for what is free.
+        learning_rate: of the first step; it falls linearly to 0.
     """
 
     provider: str
@@ -36,6 +37,7 @@ class Setting:
     steps: int = 6
     watched: bool = True
     memory_gib: float | None = None
+    learning_rate: float = 1e-6
 
     @property
     def all_steps(self) -> int:

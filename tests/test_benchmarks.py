@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from families import tiny_model, tiny_tokenizer
+from test_trainer import pairs
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -42,6 +45,23 @@ def test_store_benchmark_runs_and_writes_its_result(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     last = json.loads(run.stdout.strip().splitlines()[-1])
     assert json.loads(Path(last["file"]).read_text())["sizes"]["50000"]["first_open_seconds"] > 0
+
+
+@pytest.mark.slow  # two processes with TRL
+def test_curves_benchmark_runs_and_writes_its_result(tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    pairs(24).to_json(tmp_path / "pairs.jsonl")
+    command = [sys.executable, str(BENCHMARKS / "bench_curves.py"), "--model", str(model), "--steps", "6"]
+    command += ["--dataset", str(tmp_path / "pairs.jsonl"), "--learning_rate", "1e-3", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    last = json.loads(run.stdout.strip().splitlines()[-1])
+    curves = json.loads(Path(last["file"]).read_text())["curves"]
+    ours, theirs = (curves[name]["losses"] for name in ("dpo_fast", "trl"))
+    assert len(ours) == 6 and ours == pytest.approx(theirs, rel=1e-3) and len(set(ours)) == 6
+    assert Path(last["file"]).with_suffix(".png").stat().st_size > 1000
 
 
 def test_a_side_that_computes_something_else_is_not_timed(monkeypatch):
