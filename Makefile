@@ -2,10 +2,14 @@
 PYTHON ?= python3
 RESULTS ?= runs/benchmarks
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
-GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 liger-kernel==0.8.5 \
+GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft liger-kernel==0.8.5 \
 	cut-cross-entropy==25.1.1 pytest-benchmark==5.3.1
 
-.PHONY: env demo test lint bench gpu gpu-wheels
+# Runs commands under a bound of seconds (STEP NAME SECONDS COMMAND …); one that fails does not stop the others.
+STEPS = failed=; step() { name=$$1; shift; echo "== $$name"; timeout -s INT -k 5 "$$@" || failed="$$failed $$name"; }
+FAILED = test -z "$$failed" || { echo "failed or out of time:$$failed"; exit 1; }
+
+.PHONY: env demo test lint bench gpu gpu-train gpu-wheels
 
 env: .venv/installed
 
@@ -27,18 +31,29 @@ lint: env
 bench: env
 	for name in head attention rows layout; do .venv/bin/python benchmarks/bench_$$name.py --out $(RESULTS) || exit 1; done
 
-# Uses the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one, and the
-# repository root must stay off sys.path. A step that fails or outlasts its seconds (535 in all) does not stop the others.
-gpu: export PYTHONPATH := $(CURDIR)/build/gpu-path:$(CURDIR)/build/gpu-packages
-gpu: build/gpu-path build/gpu-packages
-	@failed=; step() { name=$$1; shift; echo "== $$name"; timeout -s INT -k 5 "$$@" || failed="$$failed $$name"; }; \
+# Both use the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one, and the
+# repository root must stay off sys.path. The seconds of either add up to 535.
+gpu gpu-train: export PYTHONPATH := $(CURDIR)/build/gpu-path:$(CURDIR)/build/gpu-packages
+gpu gpu-train: build/gpu-path build/gpu-packages
+gpu:
+	@$(STEPS); \
 	step tests 140 $(PYTHON) -Pm pytest -m gpu; \
 	step head 195 $(PYTHON) benchmarks/bench_head.py --seconds 165 --out $(RESULTS); \
 	step attention 65 $(PYTHON) benchmarks/bench_attention.py --out $(RESULTS); \
 	step rows 50 $(PYTHON) benchmarks/bench_rows.py --seconds 32 --out $(RESULTS); \
 	step layout 85 $(PYTHON) benchmarks/bench_layout.py --out $(RESULTS); \
 	$(PYTHON) benchmarks/harness.py $(RESULTS); \
-	test -z "$$failed" || { echo "failed or out of time:$$failed"; exit 1; }
+	$(FAILED)
+
+# Training against TRL: a model of 1 B with the same settings and each side at its fastest, one of 8 B with LoRA.
+TRAIN = $(PYTHON) benchmarks/bench_train.py --synthetic ultrafeedback --precision bf16 --max_length 2048 --out $(RESULTS)
+gpu-train:
+	@$(STEPS); \
+	step same 135 $(TRAIN) --model llama-3.2-1b --batch_size 8 --checkpointing; \
+	step best 220 $(TRAIN) --model llama-3.2-1b --best --global_batch 8 --steps 4; \
+	step lora 180 $(TRAIN) --model llama-3-8b --lora --batch_size 4 --checkpointing --steps 4; \
+	$(PYTHON) benchmarks/harness.py $(RESULTS); \
+	$(FAILED)
 
 build/gpu-path:
 	mkdir -p $@ && ln -s $(CURDIR)/dpo_fast $(CURDIR)/kernels/dpo_fast_kernels $@
