@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RESULTS ?= runs/benchmarks
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
-GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft liger-kernel==0.8.5 \
+GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft==0.21.2 liger-kernel==0.8.5 \
 	cut-cross-entropy==25.1.1 pytest-benchmark==5.3.1
 
 # Runs commands under a bound of seconds (STEP NAME SECONDS COMMAND …); one that fails does not stop the others.
