@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
     parser.add_argument("--precision", choices=sorted(LOSS_TOLERANCE), default="fp32")
-    parser.add_argument("--against", nargs="+", choices=PROVIDER_NAMES[1:], default=["trl"])
+    parser.add_argument("--against", nargs="*", choices=PROVIDER_NAMES[1:], default=["trl"], help="none: alone")
     parser.add_argument("--lora", action="store_true", help="train a rank-16 adapter instead of all weights")
     parser.add_argument("--memory_gib", type=float, help="what a side may allocate; default what is free")
     parser.add_argument("--grid", nargs="+", metavar="OPTION=VALUE,…", help=f"of {', '.join(GRID_OPTIONS)}")
@@ -290,7 +290,7 @@ def _question(options: argparse.Namespace, is_demo: bool) -> str:
         *([f"x{options.accumulation}"] if options.accumulation > 1 and not options.best else []),
         *(["checkpointing"] if options.checkpointing and not options.best else []),
         *([f"k{options.group_size}"] if options.group_size > 2 else []),
-        f"vs-{'-'.join(options.against)}",
+        *([f"vs-{'-'.join(options.against)}"] if options.against else []),
     ]
     return "-".join(parts)
 
