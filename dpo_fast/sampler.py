@@ -12,32 +12,44 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def split_by_tokens(items: Sequence[Item], costs: Sequence[int], max_tokens: int | None) -> list[list[Item]]:
+def longest_first(costs: Sequence[int]) -> list[int]:
+    """Returns the indices of `costs` from the largest to the smallest, equal ones as they stand."""
+    return sorted(range(len(costs)), key=lambda i: -costs[i])
+
+
+def deal(order: Sequence[int], costs: Sequence[int], count: int, max_load: int | None = None) -> list[list[int]] | None:
+    """Deals the indices `order` one by one to the least loaded of `count` hands, the first of these.
+
+    Returns the hands, None when one would exceed `max_load`. Longest first, no hand exceeds another by more than its
+    last index costs, and the largest load is within a third of the least possible (Graham 1969).
+    """
+    hands: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, hand) for hand in range(count)]
+    for index in order:
+        load, hand = heapq.heappop(loads)
+        if max_load is not None and load + costs[index] > max_load:
+            return None
+        hands[hand].append(index)
+        heapq.heappush(loads, (load + costs[index], hand))
+    return hands
+
+
+def split_by_tokens(
+    items: Sequence[Item], costs: Sequence[int], max_tokens: int | None, least: int = 1
+) -> list[list[Item]]:
     """Deals `items` into few packs of nearly equal cost, each within `max_tokens`.
 
     Longest first, each to the pack with the least so far: no pack ends up small, where products are slow and round
     differently. An item that exceeds `max_tokens` alone gets a pack of its own: nothing can make it smaller. Items keep
-    their order inside a pack. `max_tokens=None` is one pack.
+    their order inside a pack. `max_tokens=None` is one pack; otherwise there are at least `least`, as far as the items
+    go, and not more where fewer would do.
     """
     if max_tokens is None:
         return [list(items)]
-    order = sorted(range(len(items)), key=lambda i: -costs[i])
+    order = longest_first(costs)
     alone = [[i] for i in order if costs[i] > max_tokens]
     fitting = order[len(alone) :]
-    count = -(-sum(costs[i] for i in fitting) // max_tokens)
-    while (packs := _deal(fitting, costs, count, max_tokens)) is None:
+    count = max(-(-sum(costs[i] for i in fitting) // max_tokens), least - len(alone))
+    while (packs := deal(fitting, costs, count, max_tokens)) is None:
         count += max(1, count // 50)
-    return [[items[i] for i in sorted(pack)] for pack in (*alone, *packs)]
-
-
-def _deal(order: Sequence[int], costs: Sequence[int], count: int, max_tokens: int) -> list[list[int]] | None:
-    """Deals indices, longest first, to the least loaded of `count` packs; None when one would exceed `max_tokens`."""
-    packs: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, pack) for pack in range(count)]
-    for index in order:
-        load, pack = heapq.heappop(loads)
-        if load + costs[index] > max_tokens:
-            return None
-        packs[pack].append(index)
-        heapq.heappush(loads, (load + costs[index], pack))
-    return [pack for pack in packs if pack]
+    return [[items[i] for i in sorted(pack)] for pack in (*alone, *filter(None, packs))]

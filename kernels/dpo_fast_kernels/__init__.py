@@ -9,6 +9,7 @@ from dpo_fast_kernels.prefix_attention import attention_backend, prefix_attentio
 from dpo_fast_kernels.score_layout import ScoreLayout
 from dpo_fast_kernels.sequence_logps import sequence_logps
 from dpo_fast_kernels.sequence_loss import SequenceLoss
+from dpo_fast_kernels.vocab_parallel import VocabularyShards
 
 __all__ = [
     "GatherPlan",
@@ -18,6 +19,7 @@ __all__ = [
     "RowLogps",
     "ScoreLayout",
     "SequenceLoss",
+    "VocabularyShards",
     "attention_backend",
     "gather_rows",
     "linear_logps",

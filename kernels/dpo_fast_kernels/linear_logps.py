@@ -18,7 +18,7 @@ N rows, S completions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from dpo_fast_kernels.head_arguments import (
 )
 from dpo_fast_kernels.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
 from dpo_fast_kernels.tiles import MIN_ROWS, TileMemory, bytes_per_row, tile_rows, tile_slices
+from dpo_fast_kernels.vocab_parallel import VocabularyShards, local_head
 
 
 @torch.library.custom_op("dpo_fast::linear_logps", mutates_args=())
@@ -51,13 +52,16 @@ def _linear_logps(
     backend: str,  # "torch", "triton" or "fused"
     budget_bytes: int,
     keep: str,  # for the backward: "nothing", "U" [N, H], or "D" [kept rows, V]
+    group: str | None = None,  # of ranks that share the vocabulary
+    sizes: Sequence[int] | None = None,  # of their shards
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # log-probs, their sums, statistics, log-sum-exps, what was kept
     with torch.autocast(hidden.device.type, enabled=False):
-        check_values(hidden, targets, cu_scores, weight.shape[0])
-        gemm, row_ops = Gemm(dtype, hidden.device.type), row_operations(backend)
+        shards = VocabularyShards.named(group, sizes, weight)
+        check_values(hidden, targets, cu_scores, shards.vocabulary)
+        gemm, row_ops = Gemm(dtype, hidden.device.type), shards.row_operations(row_operations(backend))
         transform = LogitTransform(scale, softcap, temperature)
         x, w = gemm.factor(hidden), gemm.factor(weight)
-        kept_rows, kept = _empty_kept(x, w, gemm, budget_bytes, keep)
+        kept_rows, kept = _empty_kept(x, w, gemm, budget_bytes, keep, shards)
         logps = x.new_empty(x.shape[0], dtype=gemm.sum_dtype)
         lse = logps.new_empty(x.shape[0] - kept_rows)
         wanted = empty_statistics(statistics.split(","), logps)
@@ -66,7 +70,7 @@ def _linear_logps(
 
             logps, lse = linear_logps_fused(x, w, targets, bias, transform=transform, statistics=wanted)
         else:
-            step = tile_rows(x.shape[0], w.shape[0], budget_bytes, gemm)
+            step = tile_rows(x.shape[0], shards.largest, budget_bytes, gemm)
             memory = TileMemory(gemm, step, w.shape[0], x.device)
             for rows in tile_slices(0, x.shape[0], step):
                 arguments = {
@@ -103,26 +107,30 @@ def _(
     backend,
     budget_bytes,
     keep,
+    group=None,
+    sizes=None,
 ):
-    gemm = Gemm(dtype, hidden.device.type)
-    kept_rows, kept = _empty_kept(hidden, weight, gemm, budget_bytes, keep)
+    gemm, shards = Gemm(dtype, hidden.device.type), VocabularyShards.named(group, sizes, weight)
+    kept_rows, kept = _empty_kept(hidden, weight, gemm, budget_bytes, keep, shards)
     logps = hidden.new_empty(hidden.shape[0], dtype=gemm.sum_dtype)
     sums = logps.new_empty(0 if cu_scores is None else cu_scores.shape[0] - 1)
     count = sum(name in STATISTICS for name in statistics.split(","))
     return logps, sums, logps.new_empty((count, logps.shape[0])), logps.new_empty(logps.shape[0] - kept_rows), kept
 
 
-def _empty_kept(x: Tensor, w: Tensor, gemm: Gemm, budget_bytes: int, keep: str) -> tuple[int, Tensor]:
+def _empty_kept(
+    x: Tensor, w: Tensor, gemm: Gemm, budget_bytes: int, keep: str, shards: VocabularyShards
+) -> tuple[int, Tensor]:
     """How many rows of D the forward keeps, all or whole tiles, and memory for what it keeps."""
-    rows, vocabulary = x.shape[0], w.shape[0]
+    rows = x.shape[0]
     if keep == "U":
         return rows, x.new_empty(x.shape, dtype=gemm.sum_dtype)
     if keep == "nothing":
         return 0, x.new_empty(0)
-    fitting = budget_bytes // (vocabulary * gemm.factor_dtype.itemsize)
-    step = tile_rows(rows, vocabulary, budget_bytes, gemm)
+    fitting = budget_bytes // (shards.largest * gemm.factor_dtype.itemsize)
+    step = tile_rows(rows, shards.largest, budget_bytes, gemm)
     kept_rows = rows if fitting >= rows else fitting // step * step
-    return kept_rows, x.new_empty((kept_rows, vocabulary), dtype=gemm.factor_dtype)
+    return kept_rows, x.new_empty((kept_rows, w.shape[0]), dtype=gemm.factor_dtype)
 
 
 @torch.library.custom_op("dpo_fast::linear_logps_bwd", mutates_args=())
@@ -145,19 +153,21 @@ def _linear_logps_bwd(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    group: str | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dhidden, dweight, dbias; empty where not needed
     with torch.autocast(hidden.device.type, enabled=False):
-        transform = LogitTransform(scale, softcap, temperature)
+        shards, transform = VocabularyShards.named(group, sizes, weight), LogitTransform(scale, softcap, temperature)
         dlogps = dlogps * transform.slope
         empty = hidden.new_empty(0)
         if keep == "U":
-            return (kept * dlogps[:, None]).to(hidden.dtype), empty, empty.clone()
+            return shards.add_up_(kept * dlogps[:, None]).to(hidden.dtype), empty, empty.clone()
         gemm = Gemm(dtype, hidden.device.type)
         x, w = gemm.factor(hidden), gemm.factor(weight)
         coefficient, unit = gemm.in_range(dlogps)
-        dhidden = torch.empty_like(hidden) if needs_hidden else empty
+        dhidden = torch.empty_like(hidden, dtype=shards.part_dtype(hidden.dtype)) if needs_hidden else empty
         dweight = dbias = None
-        tiles = _gradients(x, w, bias, targets, logps, lse, kept, gemm, backend, budget_bytes, transform)
+        tiles = _gradients(x, w, bias, targets, logps, lse, kept, gemm, backend, budget_bytes, transform, shards)
         for rows, gradient in tiles:
             if needs_hidden:
                 dhidden[rows] = gemm.product(gradient, w).to(dlogps.dtype).mul_(dlogps[rows, None])
@@ -172,6 +182,8 @@ def _linear_logps_bwd(
             if needs_bias:
                 dbias = gemm.zeros((w.shape[0], 1), x.device) if dbias is None else dbias
                 gemm.accumulate(dbias, gradient, coefficient[rows, None].to(x.dtype))
+        if needs_hidden:
+            dhidden = shards.add_up_(dhidden).to(hidden.dtype)
         if unit is not None:
             dweight = dweight.mul_(unit) if needs_weight else None
             dbias = dbias.mul_(unit) if needs_bias else None
@@ -200,6 +212,8 @@ def _(
     needs_hidden,
     needs_weight,
     needs_bias,
+    group=None,
+    sizes=None,
 ):
     needed = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
     return tuple(torch.empty_like(tensor) if needs else hidden.new_empty(0) for tensor, needs in needed)
@@ -217,6 +231,7 @@ def _gradients(
     backend: str,
     budget_bytes: int,
     transform: LogitTransform,
+    shards: VocabularyShards,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields slices of the rows with their D: first what was kept, at once, then the rest tile by tile."""
     kept_rows = x.shape[0] - lse.shape[0]
@@ -224,8 +239,8 @@ def _gradients(
         yield slice(0, kept_rows), kept.view(kept_rows, w.shape[0])
     if kept_rows == x.shape[0]:
         return
-    row_ops = row_operations(backend)
-    step = tile_rows(x.shape[0], w.shape[0], budget_bytes, gemm)
+    row_ops = shards.row_operations(row_operations(backend))
+    step = tile_rows(x.shape[0], shards.largest, budget_bytes, gemm)
     memory = TileMemory(gemm, step, w.shape[0], x.device)
     for rows in tile_slices(kept_rows, x.shape[0], step):
         z = gemm.logits(x[rows], w, out=memory.logits(rows.stop - rows.start))
@@ -236,23 +251,23 @@ def _gradients(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, cu_scores, scale, softcap, temperature, _, *options = inputs
+    hidden, weight, bias, targets, cu_scores, scale, softcap, temperature, _, *options, group, sizes = inputs
     logps, _, statistics, lse, kept = output
     ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, kept, cu_scores)
-    ctx.options = (scale, softcap, temperature, *options)
+    ctx.options, ctx.shards = (scale, softcap, temperature, *options), (group, sizes)
     ctx.mark_non_differentiable(statistics, lse, kept)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dlogps, dsums, *_):
     *tensors, cu_scores = ctx.saved_tensors
-    gradients = [None] * 13
+    gradients = [None] * 15
     if dsums is not None:
         spread = spread_over_rows(dsums, cu_scores, tensors[0].shape[0])
         dlogps = spread if dlogps is None else dlogps + spread
     if dlogps is not None:
         needs = ctx.needs_input_grad[:3]
-        found = _linear_logps_bwd(dlogps, *tensors, *ctx.options, *needs)
+        found = _linear_logps_bwd(dlogps, *tensors, *ctx.options, *needs, *ctx.shards)
         gradients[:3] = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
     return tuple(gradients)
 
@@ -283,6 +298,7 @@ def linear_logps(
     statistics: Collection[str] = (),
     budget_bytes: int = 2 * 2**30,
     backend: str = "auto",
+    shards: VocabularyShards | None = None,
 ) -> RowLogps:
     """Returns the log-prob (nat) of every target under the LM head, differentiable in hidden, weight and bias.
 
@@ -302,6 +318,9 @@ def linear_logps(
         backend: who does the work on rows of logits: "torch", "triton", or "fused" for a forward that is one kernel
             (the last two: CUDA only); a named one never falls back. "auto" takes "fused" for a bf16 or fp16 forward
             without gradient when `budget_bytes` is too small for a tile.
+        shards: where the words of a vocabulary-parallel head lie; weight and bias are then this rank's part, or
+            DTensors. Hidden, targets, options and what needs a gradient must be the same on all ranks; log-probs, sums,
+            statistics and the gradient of hidden then are, to the bit.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; on a CPU also targets outside the vocabulary, and a
@@ -309,6 +328,7 @@ def linear_logps(
             such values come out as NaN: to look at them would wait for the device. NaN or inf in hidden is no error:
             log-probs of those rows are not finite, on any device.
     """
+    weight, bias = local_head(weight, bias, shards)
     check_head(hidden, weight, targets, bias, budget_bytes)
     check_statistics(statistics)
     if cu_scores is not None:
@@ -318,7 +338,10 @@ def linear_logps(
     head_trains = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     hidden_trains = needs_grad and hidden.requires_grad
     chosen = pick_backend(backend, hidden.dtype, hidden.device)
-    if backend == "auto" and chosen == "triton" and not (head_trains or hidden_trains) and dtype != torch.float32:
+    if chosen == "fused" and shards is not None:
+        raise ValueError("backend must be 'auto', 'torch' or 'triton' with shards: 'fused' keeps no logits to combine")
+    small = chosen == "triton" and dtype != torch.float32 and shards is None
+    if backend == "auto" and small and not (head_trains or hidden_trains):
         too_small = budget_bytes < MIN_ROWS * bytes_per_row(weight.shape[0], Gemm(dtype, hidden.device.type))
         chosen = "fused" if too_small else chosen
     keep = "nothing"
@@ -338,6 +361,7 @@ def linear_logps(
         chosen,
         budget_bytes,
         keep,
+        *(() if shards is None else shards.arguments),
     )
     return row_logps_of(logps, None if cu_scores is None else sums, stacked, statistics)
 

@@ -31,6 +31,7 @@ from dpo_fast_kernels.logits import STATISTICS, LogitTransform, RowLogps, check_
 from dpo_fast_kernels.score_layout import GroupTile, ScoreLayout, group_tiles
 from dpo_fast_kernels.sequence_loss import SequenceLoss
 from dpo_fast_kernels.tiles import TileMemory, group_tile_rows, tile_slices
+from dpo_fast_kernels.vocab_parallel import VocabularyShards, local_head
 
 
 class PreferenceLoss(NamedTuple):
@@ -48,10 +49,10 @@ class PreferenceLoss(NamedTuple):
 class _Head:
     """One pass over the tiles: logits → log-probs, sums and D, while a tile is at hand."""
 
-    def __init__(self, x, w, bias, targets, cu_scores, gemm, backend, transform, statistics, summed):
+    def __init__(self, x, w, bias, targets, cu_scores, gemm, row_ops, transform, statistics, summed):
         self.x, self.w, self.gemm = x, w, gemm
         self._bias, self._targets, self._cu_scores, self._transform = bias, targets, cu_scores, transform
-        self._row_ops = row_operations(backend)
+        self._row_ops = row_ops
         self.logps = x.new_empty(x.shape[0], dtype=gemm.sum_dtype)
         self.sums = self.logps.new_zeros(cu_scores.shape[0] - 1)  # finite, where a tile is yet to come
         self.statistics = empty_statistics(statistics.split(","), self.logps)
@@ -103,20 +104,25 @@ def _linear_preference_loss(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    group: str | None = None,  # of ranks that share the vocabulary
+    sizes: Sequence[int] | None = None,  # of their shards
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # loss, log-probs, their sums, statistics, and dX, dW, db: empty where not needed
     with torch.autocast(hidden.device.type, enabled=False):
         if int(host_cu_scores[-1]) != hidden.shape[0]:
             raise ValueError(f"layout must have hidden's {hidden.shape[0]} rows, got {int(host_cu_scores[-1])}")
-        check_values(hidden, targets, cu_scores, weight.shape[0])
+        shards = VocabularyShards.named(group, sizes, weight)
+        check_values(hidden, targets, cu_scores, shards.vocabulary)
         gemm, transform = Gemm(dtype, hidden.device.type), LogitTransform(scale, softcap, temperature)
         x, w = gemm.factor(hidden), gemm.factor(weight)
         sequence_loss = SequenceLoss.of(loss)
         summed = sequence_loss.statistics
-        head = _Head(x, w, bias, targets, cu_scores, gemm, backend, transform, statistics, summed)
+        row_ops = shards.row_operations(row_operations(backend))
+        head = _Head(x, w, bias, targets, cu_scores, gemm, row_ops, transform, statistics, summed)
         inputs = (*head.statistic_sums.values(), *loss_inputs)
-        gradients = HeadGradients(x, w, gemm, (needs_hidden, needs_weight, needs_bias), hidden.dtype)
-        step, most = group_tile_rows(x.shape[0], w.shape, budget_bytes, gemm)
+        dtype_of_parts = shards.part_dtype(hidden.dtype)
+        gradients = HeadGradients(x, w, gemm, (needs_hidden, needs_weight, needs_bias), dtype_of_parts)
+        step, most = group_tile_rows(x.shape[0], (shards.largest, w.shape[1]), budget_bytes, gemm)
         tiles = list(group_tiles(host_cu_scores, cu_groups, step, most))
         value, whole = sequence_loss.value_and_gradient(head.sums, inputs) if not tiles else (None, None)
         used = torch.zeros_like(head.sums)  # ∂loss/∂sums, as the tiles took it
@@ -137,6 +143,8 @@ def _linear_preference_loss(
                 d = head.score(tile.rows, memory)
                 gradients.add(tile.rows, d, head.spread(coefficients(tile), tile))
 
+        if needs_hidden:
+            shards.add_up_(gradients.hidden)
         if len(tiles) > 1:
             value = _checked(value, used, whole)
         values = list(head.statistics.values())
@@ -186,11 +194,12 @@ def _checked(value: Tensor, used: Tensor, whole: Tensor) -> Tensor:
 def _(
     hidden, weight, bias, targets, cu_scores, host_cu_scores, cu_groups, loss_inputs, loss, scale, softcap, temperature,
     statistics, dtype, backend, budget_bytes, needs_hidden, needs_weight, needs_bias,
+    group=None, sizes=None,
 ):  # fmt: skip
-    gemm = Gemm(dtype, hidden.device.type)
+    gemm, shards = Gemm(dtype, hidden.device.type), VocabularyShards.named(group, sizes, weight)
     logps = hidden.new_empty(hidden.shape[0], dtype=gemm.sum_dtype)
     count = sum(name in STATISTICS for name in statistics.split(","))
-    hidden_dtype = gemm.sum_dtype if hidden.dtype == torch.float16 else hidden.dtype
+    hidden_dtype = gemm.sum_dtype if hidden.dtype == torch.float16 else shards.part_dtype(hidden.dtype)
     return (
         logps.new_empty(()),
         logps,
@@ -206,6 +215,7 @@ def _setup_context(ctx, inputs, output):
     _, *others, dhidden, dweight, dbias = output
     ctx.save_for_backward(dhidden, dweight, dbias)
     ctx.loss_inputs = len(inputs[7])
+    ctx.others = 11 if inputs[-2] is None else 13  # a group that is left out is no input
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.mark_non_differentiable(*others, dhidden, dweight, dbias)
 
@@ -215,7 +225,7 @@ def _backward(ctx, dloss, *_):
         (gradient * dloss).to(dtype) if needs else None
         for gradient, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
-    return *gradients, *(None,) * 4, [None] * ctx.loss_inputs, *(None,) * 11
+    return *gradients, *(None,) * 4, [None] * ctx.loss_inputs, *(None,) * ctx.others
 
 
 _linear_preference_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -234,6 +244,7 @@ def linear_preference_loss(
     statistics: Collection[str] = (),
     budget_bytes: int = 2 * 2**30,
     backend: str = "auto",
+    shards: VocabularyShards | None = None,
 ) -> PreferenceLoss:
     """Returns a loss of sequence log-probs under the LM head, differentiable in hidden, weight and bias.
 
@@ -254,12 +265,14 @@ def linear_preference_loss(
         statistics: names of what to return besides, as in `linear_logps`.
         budget_bytes: bound of a tile of logits, beyond at least 2048 rows and the largest group.
         backend: who does the work on rows of logits: "torch", "triton" (CUDA only, never falls back), or "auto".
+        shards: where the words of a vocabulary-parallel head lie, as in `linear_logps`.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the loss is no scalar, or couples groups; on a CPU
             also targets outside the vocabulary. The message names the argument. On a GPU such values, and a loss that
             couples groups, come out as a loss of NaN, as does NaN in hidden on any device.
     """
+    weight, bias = local_head(weight, bias, shards)
     check_head(hidden, weight, targets, bias, budget_bytes)
     check_statistics(statistics)
     if layout.cu_scores.device != hidden.device:
@@ -273,6 +286,7 @@ def linear_preference_loss(
     statistics = tuple(name for name in STATISTICS if name in statistics or name in loss.statistics)
     if not any(needs):
         options = {"transform": transform, "statistics": statistics, "budget_bytes": budget_bytes, "backend": backend}
+        options["shards"] = shards
         rows = linear_logps(hidden, weight, targets, bias, cu_scores=layout.cu_scores, **options)
         sums = (
             torch.segment_reduce(getattr(rows, name).float(), "sum", offsets=layout.cu_scores, unsafe=True)
@@ -297,5 +311,6 @@ def linear_preference_loss(
         pick_backend(backend, hidden.dtype, hidden.device),
         budget_bytes,
         *needs,
+        *(() if shards is None else shards.arguments),
     )
     return PreferenceLoss(value, row_logps_of(logps, sums, stacked, statistics))

@@ -211,7 +211,7 @@ def row_logps_fwd(
 
 def row_logps_bwd(
     z: Tensor,  # [N, V]
-    targets: Tensor,  # int64 [N]
+    targets: Tensor,  # int64 [N], −1 where none of these V words is the target
     bias: Tensor | None,  # [V]
     logps: Tensor,  # fp32 [N]
     lse: Tensor,  # fp32 [N]

@@ -35,15 +35,14 @@ def row_logps_fwd(
     for rows in _row_blocks(z):
         memory = scratch.like(z[rows])
         x = _logits(z[rows], bias, transform, out=memory)
-        target_logits = x.gather(1, targets[rows, None])[:, 0]
-        logps[rows], _, _ = _softmax(x, targets[rows], _part(statistics, rows), memory, exponentials)
-        torch.sub(target_logits, logps[rows], out=lse[rows])
+        found = _softmax(x, targets[rows], _part(statistics, rows), memory, exponentials)
+        logps[rows], lse[rows], _, _ = found
     return logps, lse
 
 
 def row_logps_bwd(
     z: Tensor,  # [N, V]
-    targets: Tensor,  # int64 [N]
+    targets: Tensor,  # int64 [N], −1 where none of these V words is the target
     bias: Tensor | None,  # [V]
     logps: Tensor,  # [N]
     lse: Tensor,  # [N]
@@ -81,7 +80,7 @@ def row_logps_fwd_bwd(
         memory = _spoilable(z[rows], scratch)
         x = _logits(z[rows], bias, transform, out=memory)
         tanh_slope = _tanh_slope(x, transform, slope_scratch)
-        logps[rows], e, total = _softmax(x, targets[rows], _part(statistics, rows), memory, exponentials)
+        logps[rows], _, e, total = _softmax(x, targets[rows], _part(statistics, rows), memory, exponentials)
         torch.mul(e, -1 / total, out=memory)
         _target_entries_(memory, targets[rows], logps[rows], tanh_slope)
         _store(memory, out[rows])
@@ -160,13 +159,14 @@ def _softmax(
     statistics: Mapping[str, Tensor],  # [N] each, filled in
     out: Tensor,  # [N, V], may be x; spoiled
     scratch: _Scratch,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the targets' log-probs [N], e^(x − max) [N, V], in `out` where it can be, and its sums [N, 1].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the targets' log-probs [N], log-sum-exps [N], e^(x − max) [N, V], in `out` where it can be, and its sums
+    [N, 1].
 
     Not by `torch.log_softmax`: on a CPU its fp32 sum over a peaked row is 1e-5 short, a hundredth of a nat in
     a thousand tokens; `sum` adds in a tree.
     """
-    top = x.amax(-1, keepdim=True)
+    top = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # −inf − (−inf) is not 0
     target = x.gather(1, targets[:, None])
     if "mean_logit" in statistics:
         torch.mean(x, -1, out=statistics["mean_logit"])
@@ -181,11 +181,13 @@ def _softmax(
     if "entropy" in statistics:
         out.clamp_min_(torch.finfo(out.dtype).min).mul_(exponentials)  # 0 · −inf is not 0
         torch.sub(total.log()[:, 0], out.sum(-1).div_(total[:, 0]), out=statistics["entropy"])
-    return (target - top - total.log())[:, 0], exponentials, total
+    return (target - top - total.log())[:, 0], (top + total.log())[:, 0], exponentials, total
 
 
 def _target_entries_(gradient: Tensor, targets: Tensor, logps: Tensor, tanh_slope: Tensor | None) -> None:
     """Makes D of −softmax in place."""
-    gradient.scatter_(1, targets[:, None], -torch.expm1(logps)[:, None])
+    columns = targets.clamp_min(0)[:, None]
+    elsewhere = (targets < 0)[:, None]
+    gradient.scatter_(1, columns, torch.where(elsewhere, gradient.gather(1, columns), -torch.expm1(logps)[:, None]))
     if tanh_slope is not None:
         gradient.mul_(tanh_slope)

@@ -1,0 +1,119 @@
+"""Which rank takes which groups of a step, so that the slowest is waited for least.
+
+    cost(group) = 2·P·tokens + 2·H·V·score rows + 4·H·L·visible pairs        FLOP of a forward; a step takes thrice that
+
+Groups differ in length by orders of magnitude, and a step is as slow as its slowest rank. So ranks do not take equally
+many groups but equal costs, longest first, and then the same number of packs, because an engine's collectives run once
+a pack. A group's gradient does not depend on the pack that it is in, so the groups of a step are those of one process
+with the same seed and batch, and so is the sum of its gradients.
+
+All ranks deal all groups of the step, by integers alone, and so agree without a word.
+P parameters of the body, H hidden, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpo_fast.sampler import deal, longest_first, split_by_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dpo_fast.groups import Layout
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What a preference group costs: FLOP of a forward, an int.
+
+    Attributes:
+        parameters: of the body, without embeddings and LM head.
+        hidden_size, num_layers, vocab_size: of the model.
+    """
+
+    parameters: int
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> GroupCost:
+        """Reads the sizes of a causal language model; call it before an engine partitions the parameters."""
+        config, head = model.config.get_text_config(), model.get_output_embeddings().weight
+        parameters = model.num_parameters(exclude_embeddings=True)
+        if head is not model.get_input_embeddings().weight:
+            parameters -= head.numel()
+        return cls(parameters, config.hidden_size, config.num_hidden_layers, head.shape[0])
+
+    def __call__(self, prompt: int, completions: Sequence[int], layout: Layout = "shared") -> int:
+        """Returns the cost of a group from the tokens of its prompt and of its completions."""
+        if layout == "shared":
+            tokens = prompt + sum(completions)
+            pairs = _own_past(prompt) + sum(prompt * length + _own_past(length) for length in completions)
+        else:
+            width = prompt + max(completions)
+            tokens, pairs = width * len(completions), _own_past(width) * len(completions)
+        linear = self.parameters * tokens + self.hidden_size * self.vocab_size * sum(completions)
+        return 2 * linear + 4 * self.hidden_size * self.num_layers * pairs
+
+
+def _own_past(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def deal_groups(
+    costs: Sequence[int],
+    tokens: Sequence[int],
+    ranks: int,
+    max_tokens: int | None = None,
+) -> list[list[list[int]]]:
+    """Deals the groups of a step: for every rank its packs, for every pack its groups, as ascending indices.
+
+    All ranks have the same number of packs, each rank's from the dearest to the cheapest, so that packs that run at the
+    same time are alike. Where a rank has fewer groups than others have packs, its last packs are empty; a rank has no
+    group at all only if there are fewer groups than ranks.
+
+    Args:
+        costs: of every group of the step, 1 or more, in the order of the sampler.
+        tokens: of every group, likewise.
+        ranks: how many ranks there are.
+        max_tokens: bound of a pack, which a group alone may exceed; None makes one pack a rank.
+
+    Raises:
+        ValueError: `costs` and `tokens` differ in length, or a cost is below 1.
+    """
+    if len(costs) != len(tokens):
+        raise ValueError(f"tokens must have one entry for each of the {len(costs)} costs, got {len(tokens)}")
+    if costs and min(costs) < 1:
+        raise ValueError(f"costs must be 1 or more, got {min(costs)}")
+    hands = [sorted(hand) for hand in deal(longest_first(costs), costs, ranks)]
+
+    def split(hand: list[int], least: int) -> list[list[int]]:
+        return split_by_tokens(hand, [tokens[i] for i in hand], max_tokens, least)
+
+    count = max(1, *(len(split(hand, 1)) for hand in hands))
+    dealt = []
+    for hand in hands:
+        packs = sorted(split(hand, count), key=lambda pack: -sum(costs[i] for i in pack))
+        dealt.append(packs + [[] for _ in range(count - len(packs))])
+    return dealt
+
+
+def pack_loads(costs: Sequence[int], dealt: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """Returns the cost of every pack of every rank, as `deal_groups` dealt them."""
+    return [[sum(costs[i] for i in pack) for pack in packs] for packs in dealt]
+
+
+def mean_to_max(loads: Sequence[Sequence[float]]) -> float:
+    """Returns the share of their time that ranks work, and do not wait for the slowest: 1 is perfect balance.
+
+    Args:
+        loads: for every rank, what it does between one point where all ranks wait for each other and the next. Under
+            FSDP and ZeRO-3 that is every pack, under DDP and ZeRO-2 the whole step: `[[sum(packs)] for packs in …]`.
+    """
+    busy = sum(sum(rank) for rank in loads)
+    longest = sum(max(between) for between in zip(*loads, strict=True))
+    return busy / (len(loads) * longest) if longest else 1.0
