@@ -1,19 +1,19 @@
 """Packed batch → sequence log-probs or a preference loss, inside `model.forward`.
 
-The forward of the causal language model itself is extended, `model(packed=batch)`, so that every wrapper around it
-(PEFT, autocast, DDP, FSDP, DeepSpeed) does its work as for any other forward: parameters are gathered, gradients are
-hooked.
+The forward of the causal language model itself is extended, `model(packed=batch)`, and that of its head too, so that
+every wrapper around them (PEFT, autocast, DDP, FSDP, DeepSpeed) does its work as for any other forward: parameters are
+gathered, gradients are hooked.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -78,6 +78,22 @@ def add_dpo_forward(model: PreTrainedModel) -> None:
 
     forward.is_dpo_forward = True
     model.forward = types.MethodType(forward, model)
+    if (head := model.get_output_embeddings()) is not None:
+        _let_score(head)
+
+
+def _let_score(head: nn.Module) -> None:
+    """Extends the head's forward: `head(hidden, score=function)` is `function(hidden)`, with the weight at hand.
+
+    FSDP2 and ZeRO-3 gather a module's parameters when it is called.
+    """
+    original = head.forward
+
+    @functools.wraps(original)
+    def forward(self, hidden: Tensor, score: Callable[[Tensor], Any] | None = None):
+        return original(hidden) if score is None else score(hidden)
+
+    head.forward = types.MethodType(forward, head)
 
 
 def _packed_forward(
@@ -88,12 +104,28 @@ def _packed_forward(
     loss: SequenceLoss | None,
     loss_inputs: Sequence[Tensor],
 ) -> PackedOutput:
-    head = head_of(model)
     body = model.base_model(
         **_body_arguments(packed), use_cache=False, **({"output_router_logits": True} if aux_loss else {})
     )
     hidden = body.last_hidden_state
     hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), packed.scores)
+    score = functools.partial(_scored, model, packed, statistics, loss, loss_inputs)
+    output = PackedOutput(**model.get_output_embeddings()(hidden, score=score))
+    if aux_loss:
+        output.aux_loss = _load_balancing_loss(model, body.router_logits, packed)
+    return output
+
+
+def _scored(
+    model: PreTrainedModel,
+    packed: PackedBatch,
+    statistics: Collection[str],
+    loss: SequenceLoss | None,
+    loss_inputs: Sequence[Tensor],
+    hidden: Tensor,  # [N, H]
+) -> dict[str, Tensor | None]:
+    """The fields of `PackedOutput` that come out of the head, whose parameters are at hand."""
+    head = head_of(model)
     options = {"transform": head.transform, "statistics": statistics}
     if loss is None:
         value = None
@@ -102,15 +134,8 @@ def _packed_forward(
         value, rows = linear_preference_loss(
             hidden, head.weight, packed.targets, packed.score_layout, loss, loss_inputs, head.bias, **options
         )
-    return PackedOutput(
-        loss=value,
-        logps=rows.sequence_logps,
-        token_logps=rows.logps,
-        entropy=rows.entropy,
-        mean_logit=rows.mean_logit,
-        is_top1=rows.is_top1,
-        aux_loss=_load_balancing_loss(model, body.router_logits, packed) if aux_loss else None,
-    )
+    statistics_of_rows = {name: getattr(rows, name) for name in ("entropy", "mean_logit", "is_top1")}
+    return {"loss": value, "logps": rows.sequence_logps, "token_logps": rows.logps, **statistics_of_rows}
 
 
 def _body_arguments(packed: PackedBatch) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -104,6 +106,19 @@ def prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
         logger.warning("layout='auto' takes 'padded' for this model. %s", error)
         return "padded"
     return "shared"
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Token embeddings of a model, also of one whose weights are sharded and not at hand."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[0]
+
+
+def keep_numbers_exact(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keeps FSDP2's mixed precision from rounding what goes into the loss, and log-probs and metrics that come out."""
+    policy = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2 and policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
 def disable_dropout(model: nn.Module | None) -> None:

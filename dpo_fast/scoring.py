@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.data import DataSummary
-from dpo_fast.models import disable_dropout, prepare_forward
+from dpo_fast.models import disable_dropout, prepare_forward, vocabulary_size
 from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.model import Reference
 
@@ -87,7 +87,7 @@ def implicit_rewards(
         )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = vocabulary_size(model)
     groups, summary = prepare_preferences(dataset, tokenizer, config, vocab_size=vocab_size, name=name)
     groups = groups.remove_columns([column for column in ("ref_logps", "ref_token_logps") if column in groups.features])
     logps, ref_logps = (

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -34,19 +37,34 @@ from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
 from dpo_fast.config import DPOConfig
-from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
+from dpo_fast.coupling import (
+    Coefficients,
+    RankMetrics,
+    empty_pack,
+    level,
+    num_groups,
+    rows_of_all_ranks,
+    share_among_ranks,
+    step_coefficients,
+    step_loss,
+    surrogate,
+)
 from dpo_fast.data import DataSummary
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
-from dpo_fast.losses import (
-    COUPLED,
-    REFERENCE_FREE,
-    LossParameters,
+from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters
+from dpo_fast.metrics import batch_metrics
+from dpo_fast.models import (
+    aux_loss_weight,
+    disable_dropout,
+    keep_numbers_exact,
+    load_model,
+    prepare_forward,
+    prepare_peft,
+    vocabulary_size,
 )
-from dpo_fast.metrics import MetricAccumulator, batch_metrics
-from dpo_fast.models import aux_loss_weight, disable_dropout, load_model, prepare_forward, prepare_peft
 from dpo_fast.objective import Objective
 from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.compute import Shard
@@ -126,7 +144,7 @@ class DPOTrainer(Trainer):
 
         self.data_summaries: dict[str, DataSummary] = {}
         self._tokenizer, self._config = processing_class, args
-        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._vocab_size = vocabulary_size(model)
         train_dataset = self._tokenized(train_dataset, "train")
         eval_dataset = _map_datasets(eval_dataset, self._tokenized)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
@@ -168,6 +186,8 @@ class DPOTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share out; start with "
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
+        if self.is_fsdp_enabled:
+            keep_numbers_exact(self.accelerator.state.fsdp_plugin)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
         parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
         self._running_margin = RunningMargin(args.device) if "beta_dpo" in args.loss_mix else None
@@ -175,7 +195,8 @@ class DPOTrainer(Trainer):
         self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
-        self._metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
+        self._empty = empty_pack(self.layout, processing_class.pad_token_id, cut=args.ld_alpha is not None)
+        self._metrics = {mode: RankMetrics(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0
         self.model.add_model_tags(self._tag_names)
 
@@ -218,10 +239,10 @@ class DPOTrainer(Trainer):
         if ref_model is not None:
             model, adapters, fingerprint = ref_model.to(self.args.device), True, weights_fingerprint
             base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
-            if base.get_input_embeddings().weight.shape[0] < self._vocab_size:
+            if vocabulary_size(base) < self._vocab_size:
                 raise ValueError(
-                    f"ref_model has {base.get_input_embeddings().weight.shape[0]} token embeddings and model has "
-                    f"{self._vocab_size}; use a reference with the same tokenizer"
+                    f"ref_model has {vocabulary_size(base)} token embeddings and model has {self._vocab_size}; use a "
+                    "reference with the same tokenizer"
                 )
             prepare_forward(base, self.layout)
         return Reference(
@@ -257,15 +278,36 @@ class DPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
+        totals, _ = self._level(batch_samples, self.args.gradient_accumulation_steps)
         if not batch_samples:
             return None
-        totals = sum(batch["totals"] for batch in batch_samples).to(device)
-        totals = self.accelerator.gather(totals[None]).sum(dim=0)
         if self._coupled and self.args.couple == "step":
             self._couple(batch_samples, totals, self.accelerator)
         for batch in batch_samples if self._coupled and self.args.couple == "micro_batch" else ():
             self._couple([batch], totals)
         return totals
+
+    def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int]:
+        """Totals and number of groups of `batches`, of all ranks, which then have equally many batches and packs."""
+        if self._host_group is None:
+            totals, groups = sum(batch["totals"] for batch in batches), num_groups(batches)
+        else:
+            totals, groups = level(batches, most, self._empty, self._host_group)
+        return torch.as_tensor(totals, device=self.args.device), groups
+
+    @functools.cached_property
+    def _host_group(self) -> dist.ProcessGroup | None:
+        """All ranks, to tell each other what the host knows without waiting for the device; None for one process."""
+        return dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+
+    def _get_dataloader(self, dataset, description: str, batch_size: int, *args, **kwargs) -> DataLoader:
+        """Like transformers', but in the order of one process, and no group comes twice to fill up the last batch."""
+        ranks = self.accelerator.num_processes
+        whole = batch_size if isinstance(dataset, IterableDataset) else batch_size * ranks
+        loader = super()._get_dataloader(dataset, description, whole, *args, **kwargs)
+        if ranks > 1:
+            share_among_ranks(loader, self.accelerator)
+        return loader
 
     def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
         """Finds out in a first pass how the packs of `batches` depend on each other, unless they are one and alone."""
@@ -274,7 +316,8 @@ class DPOTrainer(Trainer):
         packs = [packed for batch in batches for packed in batch["packs"]]
         if len(packs) == 1 and (accelerator is None or accelerator.num_processes == 1):
             return
-        model = self.model_wrapped.train()
+        model = self.model_wrapped
+        model.train()
         with torch.no_grad(), self.accelerator.autocast():
             logps = [model(packed=packed).logps for packed in packs]
         coefficients = iter(step_coefficients(packs, logps, totals, self._objective, accelerator))
@@ -292,13 +335,23 @@ class DPOTrainer(Trainer):
                 "packs": [packed],
                 "coefficients": inputs.get("coefficients", [None] * len(packs))[index : index + 1],
             }
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with self._accumulating(model, last):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         self._metrics["train"].end_batch()
         if self._running_margin is not None and self.accelerator.sync_gradients:
             self._running_margin.end_step(self.accelerator.reduce)
         self._new_tokens += sum(packed.num_tokens for packed in packs)
         return loss
+
+    @contextlib.contextmanager
+    def _accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Engines reduce gradients, and DeepSpeed steps, after the last pack only, unless told to reduce each time."""
+        sync, state = self.accelerator.sync_gradients, self.accelerator.gradient_state
+        wait = sync and not last and not state.plugin_kwargs.get("sync_each_batch", False)
+        state._set_sync_gradients(sync and last)
+        with self.accelerator.no_sync(model) if wait else contextlib.nullcontext():
+            yield
+        state._set_sync_gradients(sync)
 
     def compute_loss(
         self,
@@ -326,7 +379,9 @@ class DPOTrainer(Trainer):
                 loss = loss + self._aux_loss_weight * share * output.aux_loss
             outputs.append((packed, output))
         if self._coupled and coefficients[0] is None:
-            loss = loss + step_loss(packs, [output.logps for _, output in outputs], totals, self._objective)
+            across = self.accelerator if self.args.couple == "step" and self.accelerator.num_processes > 1 else None
+            value = step_loss(packs, [output.logps for _, output in outputs], totals, self._objective, across)
+            loss = loss + (value if across is None else value / across.num_processes)
         rewards = [(packed, self._record(output, packed, totals)) for packed, output in outputs]
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # engines average over ranks, the totals are sums over ranks
@@ -344,7 +399,8 @@ class DPOTrainer(Trainer):
         """Adds the metrics of a pack; returns the rewards of winner and loser, [C, 2]."""
         compared = self._objective.compare(output.logps.detach(), *self._objective.inputs(packed, totals))
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode].add(batch_metrics(output, packed, compared, self.args.beta))
+        if packed.num_tokens:  # else it only keeps step with other ranks
+            self._metrics[mode].add(batch_metrics(output, packed, compared, self.args.beta))
         rewards = self.args.beta * torch.stack([compared.winner_ratios, compared.loser_ratios], dim=1)
         if mode == "train" and self._running_margin is not None:
             self._running_margin.add((-rewards.diff(dim=1)[:, 0] * packed.comparison_weights).sum() / totals[0])
@@ -353,13 +409,18 @@ class DPOTrainer(Trainer):
     # ---- evaluation, logging ----
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        totals, groups = self._level([inputs], most=1)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
         self._metrics["eval"].end_batch()
+        # Every rank returns what all have: a batch's loss for each of its groups, which so weigh alike in the mean.
+        self.gather_function = lambda values: values
+        loss = self.accelerator.reduce(loss, "mean").expand(groups)
         if prediction_loss_only:
             return loss, None, None
-        rewards = torch.cat([rewards for _, rewards in outputs])
-        return loss, rewards, torch.cat([packed.comparison_weights for packed, _ in outputs])
+        rows = [torch.cat([rewards, packed.comparison_weights[:, None]], dim=1) for packed, rewards in outputs]
+        rows = torch.cat(rows_of_all_ranks(torch.cat(rows), self.accelerator))
+        return loss, rows[:, :2], rows[:, 2]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Like `Trainer.evaluate`; a new dataset in any preference format is tokenised and gets its reference

@@ -404,6 +404,7 @@ trainer.evaluate()
 if trainer.accelerator.is_main_process:
     log = {"processes": trainer.accelerator.num_processes, "by": DPOTrainer.__init__.__code__.co_filename}
     print("LOG", json.dumps([log, *trainer.state.log_history]))
+trainer.accelerator.end_training()  # else gloo's threads may outlive the process group
 """
 WRAPPER = [sys.executable, "-m", "dpo_fast.cli", "run", "--"]
 

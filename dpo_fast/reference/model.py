@@ -2,6 +2,9 @@
 
 The model is the policy as it is before training (without a new adapter), or one of its own. After the reference pass it
 is needed no more, unless rows come as a stream.
+
+A model whose weights are sharded (FSDP2, ZeRO-3) runs on all ranks together. Ranks have different batches, so before
+each the ranks ask each other who has one, and those that have none left run an empty one.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,8 +22,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpo_fast.cache_dir import cache_dir
+from dpo_fast.coupling import empty_pack
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
@@ -56,6 +61,24 @@ def weights_memo(
         return fingerprint_of_checkpoint(model, load, lambda: weights_fingerprint(loaded, adapters), memo)
 
     return fingerprint
+
+
+@contextlib.contextmanager
+def _gathered_while_they_run(model: nn.Module) -> Iterator[None]:
+    """Every module has its own weights while it runs; for ZeRO-3's shards, before an engine does that. No gradients."""
+    from deepspeed import zero
+
+    handles = []
+    for module in model.modules():
+        if own := [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]:
+            gathered = zero.GatheredParameters(own)
+            handles.append(module.register_forward_pre_hook(lambda *_, gathered=gathered: gathered.__enter__()))
+            handles.append(module.register_forward_hook(lambda *_, gathered=gathered: gathered.__exit__()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Reference:
@@ -119,19 +142,42 @@ class Reference:
 
     def score(self, packed: PackedBatch) -> Tensor:
         """Token log-probs of a packed batch on the host, fp32 [N]."""
+        if self._sharded:
+            self._any_rank_has(True)
+        return self._run(packed)
+
+    def _run(self, packed: PackedBatch) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         off = contextlib.nullcontext() if self._adapters else self.model.disable_adapter()
-        with off, torch.no_grad(), self._accelerator.autocast():
+        with off, self._weights(), torch.no_grad(), self._accelerator.autocast():
             logps = self.model(packed=packed.to(self._accelerator.device, non_blocking=True)).token_logps
         self.model.train(was_training)
         return logps
+
+    def _weights(self) -> contextlib.AbstractContextManager[None]:
+        """What brings shards of ZeRO-3 together where no engine does so yet."""
+        alone = getattr(self._accelerator, "deepspeed_engine_wrapped", None) is None
+        if alone and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            return _gathered_while_they_run(self.model)
+        return contextlib.nullcontext()
+
+    @property
+    def _sharded(self) -> bool:
+        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
+
+    def _any_rank_has(self, own: bool) -> bool:
+        """Whether any rank has a batch to run."""
+        count = torch.tensor([float(own)], device=self._accelerator.device)
+        return self._accelerator.reduce(count).item() > 0
 
     def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
         """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
         keys, run = CompletionKeys.of_dataset(dataset), self._pass()
         run.over(dataset, keys, name)
         self._check(run.report.known)
+        while self.model is not None and self._sharded and self._any_rank_has(False):
+            self._run(empty_pack(self._layout))
         return keys
 
     def with_logps(self, dataset: Dataset, name: str = "train") -> Dataset:

@@ -1,0 +1,282 @@
+"""Several processes train what one process trains: the same rows a step, losses, metrics and weights.
+
+The global batch is the contract: n ranks with b groups each take the groups that one process with n·b groups takes.
+Rows and completions are of different lengths and numbers, ranks have different numbers of packs, and the last batch of
+an epoch leaves ranks without a group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from dpo_fast import trainer as trainer_module
+from dpo_fast.trainer import DPOTrainer
+from families import tiny_model
+from interpreting import environment
+from test_trainer import make_trainer, pairs, ranked
+
+GROUPS = 8  # of a global batch
+USE_CPU = os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"  # else accelerate takes DDP; DS_ACCELERATOR says it
+
+
+def rows(count: int, seed: int = 0) -> Dataset:
+    """Pairs and groups of three and four completions in turn."""
+    both = []
+    for pair, group in zip(pairs(count, seed), ranked(count, seed), strict=True):
+        both += [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]], "scores": [1, 0]}, group]
+    return Dataset.from_list(both[:count])
+
+
+# 17 groups: the third batch of an epoch is a single group, so that all ranks but one run dry.
+RUNS = {
+    "groups": {},
+    "packs": {"max_tokens_per_micro_batch": 45},
+    "accumulated packs": {"max_tokens_per_micro_batch": 60, "gradient_accumulation_steps": 2},
+    "adapter": {"lora": True, "optim": "adamw_torch", "learning_rate": 1e-3},
+    "checkpointing, adapter": {"lora": True, "gradient_checkpointing": True, "max_tokens_per_micro_batch": 60},
+    "coupled": {"loss_type": ["aot", "sigmoid"], "max_tokens_per_micro_batch": 60},
+    "moving beta": {"loss_type": ["beta_dpo"]},
+    "padded, LD-DPO, weighted": {"layout": "padded", "ld_alpha": 0.5, "use_weighting": True},
+    "tokens": {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.3, 1.0]},
+}
+QUICK = ["groups", "packs", "adapter", "coupled"]
+
+
+def make(name: str, folder: Path, ranks: int, **more) -> DPOTrainer:
+    options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 10, "use_cpu": USE_CPU, **RUNS[name], **more}
+    if options.pop("lora", False):
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    accumulated = options.get("gradient_accumulation_steps", 1)
+    size = GROUPS // ranks // accumulated
+    dataset = options.pop("dataset", pairs(17) if options.get("loss_type", [""])[0] == "aot" else rows(17))
+    return make_trainer(
+        folder,
+        dataset,
+        model=str(folder.parent.parent / "model"),
+        eval_dataset=rows(11, seed=5),
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=size,
+        **options,
+    )
+
+
+def run(name: str, folder: Path, ranks: int, resume: str | None = None, **more) -> DPOTrainer:
+    """Trains and evaluates; leaves logs, predictions and trained weights in `folder`."""
+    trainer = make(name, folder, ranks, **more)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.evaluate()
+    predicted = trainer.predict(trainer.eval_dataset)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        save_file({name: weights[name].clone().contiguous() for name in trained}, folder / "weights.safetensors")
+        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+        numbers = {"rewards": sorted(predicted.predictions.tolist()), "loss": predicted.metrics["test_loss"]}
+        (folder / "predicted.json").write_text(json.dumps(numbers))
+    return trainer
+
+
+def shard_on_cpus() -> None:
+    """Lets accelerate use FSDP and DeepSpeed on CPUs, which both allow and accelerate does not think of."""
+    init, prepare_backend = PartialState.__init__, PartialState._prepare_backend
+
+    def as_gpus(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    def with_gloo(self, *args, **kwargs) -> tuple[str, DistributedType]:
+        backend, kind = prepare_backend(self, *args, **kwargs)
+        return backend or "gloo", kind
+
+    PartialState.__init__, PartialState._prepare_backend = as_gpus, with_gloo
+
+
+ENGINES = {
+    "ddp": DistributedType.MULTI_CPU,
+    "fsdp2": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+}
+
+
+def on_a_rank(engine: str, folder: str, *names: str, **options) -> None:
+    shard_on_cpus()
+    for name in names:
+        (Path(folder) / name).mkdir(exist_ok=True)
+        trainer = run(name, Path(folder) / name, int(os.environ["WORLD_SIZE"]), **options)
+        assert trainer.accelerator.distributed_type == ENGINES[engine]
+        assert engine != "fsdp2" or all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them at work
+
+
+def engine_environment(engine: str) -> dict[str, str]:
+    """What `accelerate launch` sets for a file of examples/accelerate, but in fp32."""
+    file = Path(__file__).parents[1] / "examples" / "accelerate" / f"{engine}.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if engine.startswith("zero"):
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, variables = prepare_deepspeed_cmd_env(arguments)
+    else:
+        variables = prepare_multi_gpu_env(arguments)
+    own = {name: value for name, value in variables.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
+    return {**own, "ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu"}
+
+
+def launch(ranks: int, call: str, **variables: str) -> str:
+    """Runs an expression of this module on several ranks; what they print."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*program, "--no-python", sys.executable, "-c", f"import test_distributed; test_distributed.{call}"],
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+TIMES = ("runtime", "per_second", "flos", "train_loss")  # train_loss: the mean of the losses since a resume
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Every number that is logged, what is predicted, and every weight, within 1e-4 of itself."""
+    logs, expected = (json.loads((folder / "logs.json").read_text()) for folder in (other, one))
+    assert len(logs) == len(expected) > 10
+    for found, row in zip(logs, expected, strict=True):
+        assert found.keys() == row.keys()
+        for key in row.keys() - {key for key in row if any(part in key for part in TIMES)}:
+            assert found[key] == pytest.approx(row[key], rel=1e-4, abs=2e-6), f"{key} of step {row['step']}"
+    predicted, numbers = (json.loads((folder / "predicted.json").read_text()) for folder in (other, one))
+    assert predicted["loss"] == pytest.approx(numbers["loss"], rel=1e-4)
+    for rewards, others in zip(predicted["rewards"], numbers["rewards"], strict=True):
+        assert rewards == pytest.approx(others, rel=1e-4, abs=1e-5)
+    weights, trained = (load_file(folder / "weights.safetensors") for folder in (other, one))
+    assert weights.keys() == trained.keys() and trained
+    for name in trained:
+        error = (weights[name] - trained[name]).abs().max() / trained[name].abs().max()
+        assert error <= 1e-4, f"{name} differs by {error:.1e} of its largest weight"
+
+
+def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    for name in names:
+        (tmp_path / "one" / name).mkdir(parents=True)
+        run(name, tmp_path / "one" / name, 1)
+    (tmp_path / "several").mkdir()
+    launch(ranks, f"on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, *{names})", **engine_environment(engine))
+    for name in names:
+        assert_same(tmp_path / "one" / name, tmp_path / "several" / name)
+
+
+def test_two_ranks_under_ddp_train_what_one_process_trains(tmp_path):
+    check(tmp_path, 2, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_under_an_engine_train_what_one_process_trains(tmp_path, engine, ranks):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    check(tmp_path, ranks, list(RUNS), engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packs", "adapter"])
+@pytest.mark.parametrize(
+    ("engine", "before", "after"), [("ddp", 2, 4), ("ddp", 4, 2), ("fsdp2", 2, 4), ("fsdp2", 4, 2)]
+)
+def test_other_ranks_go_on_from_a_checkpoint(tmp_path, name, engine, before, after):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    for folder in ("one", "stopped", "resumed"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    run(name, tmp_path / "one" / name, 1)
+    folder, saved = str(tmp_path / "stopped"), tmp_path / "stopped" / name / "out" / "checkpoint-4"
+    save = {"save_strategy": "steps", "save_steps": 4}
+    launch(before, f"on_a_rank({engine!r}, {folder!r}, {name!r}, **{save})", **engine_environment(engine))
+    folder, resume = str(tmp_path / "resumed"), {"resume": str(saved)}
+    launch(after, f"on_a_rank({engine!r}, {folder!r}, {name!r}, **{resume})", **engine_environment(engine))
+    assert_same(tmp_path / "one" / name, tmp_path / "resumed" / name)
+    logs = json.loads((tmp_path / "resumed" / name / "logs.json").read_text())
+    (mean,) = [row["train_loss"] for row in logs if "train_loss" in row]
+    assert mean == pytest.approx(sum(row["loss"] for row in logs if row.get("step", 0) > 4 and "loss" in row) / 6)
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts the collectives of every step by their kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self._step = [], Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self._step[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+    def close(self) -> None:
+        self.steps.append(dict(self._step))
+        self._step.clear()
+
+
+def count_on_a_rank(engine: str, folder: str, steps: int) -> None:
+    """Prints the collectives of every step, and how many packs this rank has of its own."""
+    shard_on_cpus()
+    counter, packs = CountCollectives(), []
+    level = trainer_module.level
+
+    def counted(batches, *args):
+        packs.append([len(batch["packs"]) for batch in batches])
+        return level(batches, *args)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            counter.close()
+
+    trainer_module.level = counted
+    ranks = int(os.environ["WORLD_SIZE"])
+    trainer = make("packs", Path(folder) / "fuzz", ranks, dataset=rows(317, seed=3), max_steps=steps)
+    trainer.add_callback(Steps())
+    with counter:
+        trainer.train()
+    print(json.dumps({"steps": counter.steps, "packs": packs}))
+    torch.distributed.destroy_process_group()
+
+
+def check_collectives(tmp_path: Path, engine: str, steps: int) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "several" / "fuzz").mkdir(parents=True)
+    call = f"count_on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, {steps})"
+    printed = launch(2, call, **engine_environment(engine)).splitlines()
+    one, other = (json.loads(line[line.index('{"steps"') :]) for line in printed if '{"steps"' in line)
+    assert len(one["steps"]) == steps and one["steps"] == other["steps"]
+    assert sum(one["steps"][0].values()) > 3 * 8, "the counter sees what gathers and scatters weights"
+    differing = sum(mine != theirs for mine, theirs in zip(one["packs"], other["packs"], strict=True))
+    assert differing > steps / 4, "batches were too alike to show anything"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_ranks_with_different_packs_run_the_same_collectives(tmp_path, engine):
+    check_collectives(tmp_path, engine, steps=200)
