@@ -65,6 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
     parser.add_argument("--precision", choices=sorted(LOSS_TOLERANCE), default="fp32")
+    parser.add_argument("--ours", choices=PROVIDER_NAMES[:2], default="dpo_fast", help="whom the others are compared to")
     parser.add_argument("--against", nargs="*", choices=PROVIDER_NAMES[1:], default=["trl"], help="none: alone")
     parser.add_argument("--lora", action="store_true", help="train a rank-16 adapter instead of all weights")
     parser.add_argument("--memory_gib", type=float, help="what a side may allocate; default what is free")
@@ -126,18 +127,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         options.model = str(demo_model())
     groups_a_step = options.global_batch if options.best else options.batch_size * options.accumulation
-    settings = {name: _setting(options, name) for name in ("dpo_fast", *options.against)}
+    settings = {name: _setting(options, name) for name in (options.ours, *options.against)}
     trials: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        groups = _groups(options, groups_a_step * settings["dpo_fast"].all_steps)
+        groups = _groups(options, groups_a_step * settings[options.ours].all_steps)
         save_rows(groups, folder)
         if options.best:
             settings = {name: _fastest(setting, folder, trials) for name, setting in settings.items()}
         does_not_fit = {name: "at no micro-batch" for name, setting in settings.items() if setting is None}
         settings = {name: setting for name, setting in settings.items() if setting}
         reports, turns = _run(settings, folder, does_not_fit)
-    if "dpo_fast" not in reports:
-        sys.exit(f"dpo_fast does not fit: {does_not_fit['dpo_fast']}; lower batch_size or max_length")
+    if options.ours not in reports:
+        sys.exit(f"{options.ours} does not fit: {does_not_fit[options.ours]}; lower batch_size or max_length")
     _check_losses(reports, LOSS_TOLERANCE[options.precision])
     check_values(reports, "gradient_norms", "gradient norm", GRADIENT_TOLERANCE[options.precision])
     compared = figures(reports, settings, groups, groups_a_step, bare_gemm_rate(options.model, options.precision))
@@ -283,6 +284,7 @@ def _question(options: argparse.Namespace, is_demo: bool) -> str:
     batch = f"global{options.global_batch}" if options.best else f"b{options.batch_size}"
     parts = [
         "train-best" if options.best else "train",
+        *([options.ours] if options.ours != "dpo_fast" else []),
         *([] if is_demo else [Path(options.model).name]),
         *([options.synthetic] if options.synthetic else []),
         "lora" if options.lora else "full",
