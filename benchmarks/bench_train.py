@@ -65,7 +65,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
     parser.add_argument("--precision", choices=sorted(LOSS_TOLERANCE), default="fp32")
-    parser.add_argument("--ours", choices=PROVIDER_NAMES[:2], default="dpo_fast", help="whom the others are compared to")
+    parser.add_argument(
+        "--ours", choices=PROVIDER_NAMES[:2], default="dpo_fast", help="whom the others are compared to"
+    )
     parser.add_argument("--against", nargs="*", choices=PROVIDER_NAMES[1:], default=["trl"], help="none: alone")
     parser.add_argument("--lora", action="store_true", help="train a rank-16 adapter instead of all weights")
     parser.add_argument("--memory_gib", type=float, help="what a side may allocate; default what is free")

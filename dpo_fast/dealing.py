@@ -15,11 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import pyarrow.compute as pc
+
+from dpo_fast.models import vocabulary_size
+from dpo_fast.reference.keys import windows
 from dpo_fast.sampler import deal, longest_first, split_by_tokens
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from dpo_fast.groups import Layout
@@ -41,12 +47,12 @@ class GroupCost:
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> GroupCost:
-        """Reads the sizes of a causal language model; call it before an engine partitions the parameters."""
-        config, head = model.config.get_text_config(), model.get_output_embeddings().weight
-        parameters = model.num_parameters(exclude_embeddings=True)
-        if head is not model.get_input_embeddings().weight:
-            parameters -= head.numel()
-        return cls(parameters, config.hidden_size, config.num_hidden_layers, head.shape[0])
+        """Reads the sizes of a causal language model; call it before FSDP shards the parameters."""
+        config = model.config.get_text_config()
+        outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+        body = (parameter for parameter in model.parameters() if id(parameter) not in outside)
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in body)
+        return cls(parameters, config.hidden_size, config.num_hidden_layers, vocabulary_size(model))
 
     def __call__(self, prompt: int, completions: Sequence[int], layout: Layout = "shared") -> int:
         """Returns the cost of a group from the tokens of its prompt and of its completions."""
@@ -58,6 +64,16 @@ class GroupCost:
             tokens, pairs = width * len(completions), _own_past(width) * len(completions)
         linear = self.parameters * tokens + self.hidden_size * self.vocab_size * sum(completions)
         return 2 * linear + 4 * self.hidden_size * self.num_layers * pairs
+
+    def of_dataset(self, dataset: Dataset, layout: Layout) -> list[int]:
+        """Returns the costs of all groups of a tokenised dataset."""
+        costs = []
+        for table in windows(dataset):
+            lengths = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
+            counts = pc.list_value_length(table["completion_ids"]).to_pylist()
+            for prompt, count in zip(pc.list_value_length(table["prompt_ids"]).to_pylist(), counts, strict=True):
+                costs.append(self(prompt, list(islice(lengths, count)), layout))
+        return costs
 
 
 def _own_past(length: int) -> int:

@@ -16,6 +16,12 @@ from dpo_fast.group_metrics import group_metrics
 from dpo_fast.groups import PackedBatch
 from dpo_fast.losses import Comparisons
 
+NAMES = (
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins", "best_of_k", "kendall_tau")),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+    *("entropy", "mean_token_accuracy", "aux_loss"),
+)
+
 
 def batch_metrics(
     output: PackedOutput,
@@ -76,12 +82,16 @@ def _completion_sums(values: Tensor, packed: PackedBatch) -> Tensor:
 
 
 class MetricAccumulator:
-    """Collects metrics over batches; every value is a device scalar."""
+    """Collects metrics over batches; every value is a device scalar.
 
-    def __init__(self) -> None:
+    Numerators and denominators of a batch add up over its packs, and over ranks, before they are divided. A batch that
+    has nothing which a metric looks at is left out of that metric's mean.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._nothing = torch.zeros((), device=device)
         self._batch: dict[str, tuple[Tensor, Tensor]] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._closed: list[Tensor] = []  # fp32 [2 · names] of every batch, the same names on all ranks
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Adds one pack to the current batch."""
@@ -91,19 +101,18 @@ class MetricAccumulator:
             self._batch[name] = (numerator, denominator)
 
     def end_batch(self) -> None:
-        """Closes the current batch: its means join the running sums."""
-        for name, (numerator, denominator) in self._batch.items():
-            mean = numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
-        self._batches += bool(self._batch)
+        """Closes the current batch, which may have had no pack on this rank."""
+        parts = [self._batch.get(name, (self._nothing, self._nothing)) for name in NAMES]
+        self._closed.append(torch.stack([value.float() for part in parts for value in part]))
         self._batch = {}
 
     def reduce(self, gather=lambda values: values[None]) -> dict[str, float]:
-        """Means since the last call, in one transfer to the host; `gather` stacks ranks to [ranks, metrics]."""
-        if not self._batches:
+        """Means since the last call, in one transfer to the host; `gather` stacks what ranks have, [ranks, …]."""
+        if not self._closed:
             return {}
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() for name in names]) / self._batches
-        values = gather(means).mean(dim=0).tolist()
-        self._sums, self._batches = {}, 0
-        return dict(zip(names, values, strict=True))
+        sums = gather(torch.stack(self._closed)).sum(dim=0).unflatten(1, (-1, 2))  # [batches, names, 2]
+        self._closed = []
+        known = sums[..., 1] > 0
+        means = torch.where(known, sums[..., 0] / sums[..., 1], 0.0).sum(dim=0) / known.sum(dim=0)
+        values = torch.stack([means, known.any(dim=0)], dim=1).tolist()
+        return {name: value for name, (value, has_any) in zip(NAMES, values, strict=True) if has_any}

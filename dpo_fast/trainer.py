@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,25 +38,15 @@ from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
 from dpo_fast.config import DPOConfig
-from dpo_fast.coupling import (
-    Coefficients,
-    RankMetrics,
-    empty_pack,
-    level,
-    num_groups,
-    rows_of_all_ranks,
-    share_among_ranks,
-    step_coefficients,
-    step_loss,
-    surrogate,
-)
+from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary
+from dpo_fast.dealing import GroupCost
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters
-from dpo_fast.metrics import batch_metrics
+from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import (
     aux_loss_weight,
     disable_dropout,
@@ -67,6 +58,7 @@ from dpo_fast.models import (
 )
 from dpo_fast.objective import Objective
 from dpo_fast.preparation import prepare_preferences
+from dpo_fast.ranks import empty_pack, level, num_groups, rows_of_all_ranks, share_among_ranks
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
@@ -163,6 +155,7 @@ class DPOTrainer(Trainer):
         for part in (model, ref_model) if args.disable_dropout else ():
             disable_dropout(part)
         head_of(base)  # refuses a model without a head, or with an adapter on it
+        self._group_cost = GroupCost.of_model(base)
 
         super().__init__(
             model=model,
@@ -196,8 +189,9 @@ class DPOTrainer(Trainer):
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
         self._empty = empty_pack(self.layout, processing_class.pad_token_id, cut=args.ld_alpha is not None)
-        self._metrics = {mode: RankMetrics(args.device) for mode in ("train", "eval")}
+        self._metrics = {mode: MetricAccumulator(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0
+        self._balances: list[float] = []
         self.model.add_model_tags(self._tag_names)
 
         self.reference = None if self._reference_free else self._make_reference(ref_model, fingerprint)
@@ -278,7 +272,8 @@ class DPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
-        totals, _ = self._level(batch_samples, self.args.gradient_accumulation_steps)
+        totals, _, balance = self._level(batch_samples, self.args.gradient_accumulation_steps)
+        self._balances.append(balance)
         if not batch_samples:
             return None
         if self._coupled and self.args.couple == "step":
@@ -287,13 +282,14 @@ class DPOTrainer(Trainer):
             self._couple([batch], totals)
         return totals
 
-    def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int]:
-        """Totals and number of groups of `batches`, of all ranks, which then have equally many batches and packs."""
+    def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
+        """Totals and number of groups of `batches`, of all ranks, which then have equally many batches and packs; and
+        how evenly their tokens lay."""
         if self._host_group is None:
-            totals, groups = sum(batch["totals"] for batch in batches), num_groups(batches)
+            totals, groups, balance = sum(batch["totals"] for batch in batches), num_groups(batches), 1.0
         else:
-            totals, groups = level(batches, most, self._empty, self._host_group)
-        return torch.as_tensor(totals, device=self.args.device), groups
+            totals, groups, balance = level(batches, most, self._empty, self._host_group)
+        return torch.as_tensor(totals, device=self.args.device), groups, balance
 
     @functools.cached_property
     def _host_group(self) -> dist.ProcessGroup | None:
@@ -306,7 +302,9 @@ class DPOTrainer(Trainer):
         whole = batch_size if isinstance(dataset, IterableDataset) else batch_size * ranks
         loader = super()._get_dataloader(dataset, description, whole, *args, **kwargs)
         if ranks > 1:
-            share_among_ranks(loader, self.accelerator)
+            stream = isinstance(dataset, IterableDataset)
+            costs = None if stream else self._group_cost.of_dataset(dataset, self.layout)
+            share_among_ranks(loader, costs, self.accelerator)
         return loader
 
     def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
@@ -409,7 +407,7 @@ class DPOTrainer(Trainer):
     # ---- evaluation, logging ----
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
-        totals, groups = self._level([inputs], most=1)
+        totals, groups, _ = self._level([inputs], most=1)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
         self._metrics["eval"].end_batch()
@@ -459,6 +457,9 @@ class DPOTrainer(Trainer):
         if mode == "train":
             self._count_tokens()
             metrics["num_tokens"] = self.state.num_input_tokens_seen
+            if self.accelerator.num_processes > 1 and self._balances:
+                metrics["rank_balance"] = fmean(self._balances)
+            self._balances.clear()
         logs.update({f"eval_{name}": value for name, value in metrics.items()} if mode == "eval" else metrics)
         super().log(logs, start_time)
 

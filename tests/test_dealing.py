@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,3 +142,13 @@ def test_mean_to_max():
 def test_bad_arguments_are_named(argument, costs, tokens):
     with pytest.raises(ValueError, match=f"^{argument} must"):
         deal_groups(costs, tokens, 2)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_costs_of_a_dataset_are_those_of_its_groups(layout):
+    groups = [(prompt, completions) for prompt, *completions in TRIPLES[:20]] + [(7, [1, 2, 3, 4]), (0, [5, 5])]
+    rows = [{"prompt_ids": [1] * prompt, "completion_ids": [[1] * n for n in lengths]} for prompt, lengths in groups]
+    dataset = Dataset.from_list(rows)
+    assert SMOLLM2.of_dataset(dataset, layout) == [SMOLLM2(*group, layout) for group in groups]
+    chosen = [21, 3, 3]
+    assert SMOLLM2.of_dataset(dataset.select(chosen), layout) == [SMOLLM2(*groups[k], layout) for k in chosen]

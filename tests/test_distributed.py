@@ -163,6 +163,8 @@ def assert_same(one: Path, other: Path) -> None:
     """Every number that is logged, what is predicted, and every weight, within 1e-4 of itself."""
     logs, expected = (json.loads((folder / "logs.json").read_text()) for folder in (other, one))
     assert len(logs) == len(expected) > 10
+    balances = [found.pop("rank_balance") for found in logs if "rank_balance" in found]
+    assert len(balances) == sum("loss" in row for row in expected) and all(0 < share <= 1 for share in balances)
     for found, row in zip(logs, expected, strict=True):
         assert found.keys() == row.keys()
         for key in row.keys() - {key for key in row if any(part in key for part in TIMES)}:

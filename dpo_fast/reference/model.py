@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpo_fast.cache_dir import cache_dir
-from dpo_fast.coupling import empty_pack
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
+from dpo_fast.ranks import empty_pack
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint

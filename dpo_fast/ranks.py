@@ -1,0 +1,111 @@
+"""Several processes run the steps of one: the same groups, in step with each other.
+
+A batch is that of all ranks together, in the order of one process with the same seed, and each rank takes a part of it.
+Ranks then have different packs, yet engines gather parameters and reduce gradients once a pack. So before a step every
+rank gets as many packs as the one with most has, by empty ones (`level`), whose gradients are 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from dpo_fast.dealing import deal_groups, mean_to_max
+from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+
+
+class _RankBatches(BatchSampler):
+    """What one rank takes of every batch of the whole run: groups that cost as much as any other rank's."""
+
+    def __init__(self, batches: BatchSampler, costs: Sequence[int], rank: int, ranks: int):
+        self.batches, self.costs, self.rank, self.ranks = batches, costs, rank, ranks
+        self.sampler, self.drop_last = batches.sampler, batches.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            costs = [self.costs[index] for index in batch]
+            yield [batch[index] for pack in deal_groups(costs, costs, self.ranks)[self.rank] for index in pack]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def share_among_ranks(loader: DataLoader, costs: Sequence[int] | None, accelerator: Accelerator) -> None:
+    """Makes a prepared loader of whole batches, those of all ranks together, give each rank a part of every batch.
+
+    accelerate's own shards repeat groups until the last batch is full; a stream, which has no `costs`, keeps them.
+
+    Args:
+        loader: as accelerate prepared it.
+        costs: of every group of the dataset.
+        accelerator: says which rank this is.
+    """
+    loader.base_dataloader.collate_fn = functools.partial(_collate_on_rank, loader.collate_fn)
+    shard = loader.batch_sampler
+    if costs is not None and isinstance(shard, BatchSamplerShard):  # then hands on what it gets, as in transformers
+        batches = _RankBatches(shard.batch_sampler, costs, accelerator.process_index, accelerator.num_processes)
+        shard.batch_sampler, shard.sampler = batches, batches.sampler  # which gets the epoch, after a resume too
+        shard.num_processes, shard.process_index, shard.batch_size = 1, 0, None
+
+
+def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `collate` makes of `rows`, if there are any, with the totals also as numbers that stay on the host."""
+    batch = collate(rows) if rows else {"packs": [], "totals": torch.zeros(2)}
+    return {**batch, "host_totals": batch["totals"].tolist()}
+
+
+def empty_pack(layout: Layout, pad_token_id: int = 0, cut: bool = False) -> PackedBatch:
+    """A pack that runs through the whole model and adds nothing: a token after a token, in no comparison."""
+    group = PreferenceGroup([pad_token_id], [[pad_token_id]], (), (), ref_logps=[0.0], ref_token_logps=[[0.0]])
+    return dataclasses.replace(pack([group], layout, pad_token_id, cut), num_tokens=0)
+
+
+def level(
+    batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup
+) -> tuple[Tensor, int, float]:
+    """Gives every rank as many batches, and as many packs in each, as the rank with most has; the others' are empty.
+
+    Args:
+        batches: of a loader that `share_among_ranks` was called with; filled up in place.
+        most: how many batches a rank can have at most.
+        empty: the pack to fill up with.
+        ranks: a group that works on the host, so that nothing waits for the device.
+
+    Returns:
+        The sum of all batches' `totals`, fp32 [2], how many groups they have, and the balance of ranks: the mean number
+        of tokens of a rank over the largest.
+    """
+    totals = [sum(values) for values in zip([0.0, 0.0], *(batch["host_totals"] for batch in batches), strict=True)]
+    counts = [len(batch["packs"]) for batch in batches] + [0] * (most - len(batches))
+    tokens = sum(packed.num_tokens for batch in batches for packed in batch["packs"])
+    own = torch.tensor([*totals, num_groups(batches), tokens, *counts], dtype=torch.float64)
+    everyone = [torch.empty_like(own) for _ in range(ranks.size())]
+    dist.all_gather(everyone, own, group=ranks)
+    everyone = torch.stack(everyone)
+    for index, count in enumerate(everyone[:, 4:].amax(dim=0).int().tolist()):
+        if count and index == len(batches):
+            batches.append({"packs": []})
+        if count:
+            batches[index]["packs"] += [empty] * (count - len(batches[index]["packs"]))
+    sums = everyone[:, :3].sum(dim=0)
+    return sums[:2].float(), int(sums[2]), mean_to_max(everyone[:, 3:4].tolist())
+
+
+def num_groups(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(packed.score_layout.cu_groups) - 1 for batch in batches for packed in batch["packs"])
+
+
+def rows_of_all_ranks(rows: Tensor, accelerator: Accelerator) -> list[Tensor]:
+    """The rows of every rank, which has as many as it has."""
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0))
+    return [part[:count] for part, count in zip(gathered.split(max(counts)), counts, strict=True)]
