@@ -26,6 +26,8 @@ from torch import nn
 from train_probe import StepProbe
 from train_setting import Setting
 
+from dpo_fast.bench.memory import peak_memory, reset_peak_memory
+
 _RESERVE = 2**30  # bytes that stay free for everything else
 _KILLED = (signal.SIGKILL, signal.SIGABRT)  # by the kernel; by C++ code that was refused memory
 
@@ -100,7 +102,7 @@ class Turns:
     def begin(self, model: nn.Module) -> None:
         """Before the first step; `model` is what the loop calls."""
         self._model = model
-        _reset_peak_memory()
+        reset_peak_memory()
         self._pipe.send("ready")
         self._wait()
 
@@ -123,7 +125,7 @@ class Turns:
                 torch.cuda.synchronize()
             self._seconds.append(time.perf_counter() - self._began)
             if len(self._seconds) == 1 + self._setting.steps:
-                self._peak = _peak_memory()
+                self._peak = peak_memory()
         self._pipe.send("done")
         if len(self._seconds) + (self._probed is not None) < self._setting.all_steps:
             self._wait()
@@ -221,16 +223,3 @@ def _bytes(file: str, name: str) -> int:
     """A figure that Linux gives in kB."""
     (line,) = (line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of resident memory starts anew
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _bytes("/proc/self/status", "VmHWM")

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from dpo_fast.arguments import TrainArguments, parse_train_arguments
+from dpo_fast.bench.memory import peak_memory, reset_peak_memory
 from dpo_fast.config import DPOConfig
 
 STEP, READY = "step", "ready"  # what is sent besides
@@ -117,7 +117,7 @@ def _run(job: Job, pipe: Connection) -> Report:
         losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
         seconds=turns.seconds[1:],
         positions=turns.positions[1:],
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
         layout=getattr(trainer, "layout", None),
     )
 
@@ -140,7 +140,7 @@ class _TakeTurns(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._model.get_input_embeddings().register_forward_hook(self._count)
-        _reset_peak_memory()
+        reset_peak_memory()
         self._pipe.send(READY)
         self._wait()
 
@@ -152,23 +152,6 @@ class _TakeTurns(TrainerCallback):
         self._pipe.send(self.seconds[-1])
         if state.global_step < state.max_steps:
             self._wait()
-
-
-# ---- memory ----
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of resident memory starts anew
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 # ---- trainers ----
