@@ -1,9 +1,8 @@
-"""Losses that couple all comparisons of an optimizer step, across its micro-batches and ranks.
+"""Losses that couple the comparisons of a whole optimizer step, such as those that sort them (`aot`).
 
-Some losses couple the comparisons of a whole step, such as those that sort them (`aot`). The gradient of a completion
-then depends on every other, in other micro-batches and on other ranks too. It is still one number c_s = ∂loss/∂ℓ_s a
-completion. So a first pass without gradient finds all ℓ of the step, the loss of them gives all c, and the usual pass
-differentiates Σ_s c_s·ℓ_s pack by pack. The result does not depend on how a step is cut.
+The gradient of a completion then depends on every other, in other micro-batches and on other ranks too. It is still one
+number c_s = ∂loss/∂ℓ_s a completion. So a first pass without gradient finds all ℓ of the step, the loss of them gives
+all c, and the usual pass differentiates Σ_s c_s·ℓ_s pack by pack. The result does not depend on how a step is cut.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,6 +17,9 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import Layout
 from dpo_fast.loading import looks_local
+
+if TYPE_CHECKING:
+    from accelerate import FullyShardedDataParallelPlugin
 
 logger = logging.getLogger(__name__)
 

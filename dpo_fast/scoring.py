@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
 from dpo_fast.data import DataSummary
 from dpo_fast.models import disable_dropout, prepare_forward, vocabulary_size
@@ -89,7 +90,7 @@ def implicit_rewards(
     accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
     vocab_size = vocabulary_size(model)
     groups, summary = prepare_preferences(dataset, tokenizer, config, vocab_size=vocab_size, name=name)
-    groups = groups.remove_columns([column for column in ("ref_logps", "ref_token_logps") if column in groups.features])
+    groups = groups.remove_columns([column for column in REFERENCE_FIELDS if column in groups.features])
     logps, ref_logps = (
         _log_probs(scored, groups, config, accelerator, adapters=adapters, name=f"{name} ({role})")
         for role, scored, adapters in (

@@ -30,10 +30,10 @@ from dpo_fast.bench.positions import count_positions, outlines
 from dpo_fast.bench.settings import Setting, try_settings
 from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, one_after_another
 from dpo_fast.bench.worker import Failure, Job, Report
+from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
 from dpo_fast.groups import Layout
 from dpo_fast.preparation import prepare_preferences
-from dpo_fast.truncation import REFERENCE_FIELDS
 
 TRIAL_STEPS = 3
 LOSS_TOLERANCE = {"fp32": 1e-3, "half": 2e-2}
