@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--against", choices=PROVIDER_NAMES[1:], default="trl")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=1, help="pairs a step")
+    parser.add_argument("--pairs", type=int, default=150, help="different ones; used up, they come again")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=2e-6)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -43,15 +45,16 @@ def main() -> None:
 
     model = options.model or str(demo_model())
     with tempfile.TemporaryDirectory() as folder:
+        count = options.steps * options.batch_size
         rows = dataset_groups(
             options.dataset,
-            options.steps * options.batch_size,
+            min(options.pairs, count),
             group_size=2,
             max_length=options.max_length,
             tokenizer=AutoTokenizer.from_pretrained(model),
             vocab_size=model_config(model).get_text_config().vocab_size,
         )
-        save_rows(rows, folder)
+        save_rows(list(islice(cycle(rows), count)), folder)
         reports = {name: train(name, model, folder, options) for name in ("dpo_fast", options.against)}
     curves = {name: {key: report[key] for key in ("losses", "gradient_norms")} for name, report in reports.items()}
     largest = largest_difference(*(curve["losses"] for curve in curves.values()))
