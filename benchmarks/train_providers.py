@@ -76,6 +76,7 @@ def _arguments(setting: Setting, output: str) -> dict[str, Any]:
         "per_device_train_batch_size": setting.micro_batch,
         "gradient_accumulation_steps": setting.accumulation,
         "gradient_checkpointing": setting.checkpointing,
+        "torch_compile": setting.compiled,
         "train_sampling_strategy": "sequential",
         "beta": BETA,
         "learning_rate": setting.learning_rate,
@@ -171,7 +172,7 @@ def _patch_trl(setting: Setting, folder: str, output: str) -> Train:
     return _trl(setting, folder, output, lambda batch: batch[PACKED].input_ids.numel())
 
 
-class _SequenceLogProbs(nn.Module):
+class SequenceLogProbs(nn.Module):
     """Padded rows → the log-prob of each row's completion."""
 
     def __init__(self, causal_lm: nn.Module):
@@ -188,7 +189,7 @@ class _SequenceLogProbs(nn.Module):
         return (logps * scored[:, 1:]).sum(-1)
 
 
-def _padded(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+def padded_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Pairs as rows `[chosen …, rejected …]` of equal length: their ids, and which tokens are scored."""
     ids, scored = [], []
     for side in ("chosen_ids", "rejected_ids"):
@@ -211,13 +212,15 @@ def _plain(setting: Setting, folder: str, output: str) -> Train:
         from peft import get_peft_model
 
         causal_lm = get_peft_model(causal_lm, _lora(setting))
-    model = _SequenceLogProbs(causal_lm)
+    if setting.compiled:
+        causal_lm.compile()
+    model = SequenceLogProbs(causal_lm)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16")
     with torch.no_grad(), autocast:  # an adapter that is new changes nothing yet
-        references = [model(*(part.to(device) for part in _padded(rows))) for rows in micro_batches]
+        references = [model(*(part.to(device) for part in padded_pairs(rows))) for rows in micro_batches]
 
     def train(turns: Turns) -> Log:
-        collate = turns.collating(_padded, lambda batch: batch[0].numel())
+        collate = turns.collating(padded_pairs, lambda batch: batch[0].numel())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setting.all_steps)

@@ -17,6 +17,7 @@ class Setting:
         micro_batch: rows of the side (groups, or for trainers of pairs their pairs) in one forward and backward.
         accumulation: micro-batches of an optimizer step.
         checkpointing: recompute activations in the backward.
+        compiled: torch.compile; whole in other trainers, layer by layer in dpo_fast.
         precision: fp32, or bf16 for autocast; frozen weights (LoRA) are bf16 then.
         lora: train a rank-16 adapter of all linear layers.
         max_length: tokens that rows were cut to.
@@ -31,6 +32,7 @@ class Setting:
     micro_batch: int
     accumulation: int = 1
     checkpointing: bool = False
+    compiled: bool = False
     precision: str = "fp32"
     lora: bool = False
     max_length: int = 1024

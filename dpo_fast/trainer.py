@@ -37,6 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
+from dpo_fast.compilation import compile_layers
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary
@@ -181,6 +182,8 @@ class DPOTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             keep_numbers_exact(self.accelerator.state.fsdp_plugin)
+        if args.torch_compile:
+            compile_layers(base, self.accelerator.state.dynamo_plugin)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
         parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
         self._running_margin = RunningMargin(args.device) if "beta_dpo" in args.loss_mix else None

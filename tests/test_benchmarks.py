@@ -47,6 +47,23 @@ def test_store_benchmark_runs_and_writes_its_result(tmp_path):
     assert json.loads(Path(last["file"]).read_text())["sizes"]["50000"]["first_open_seconds"] > 0
 
 
+def test_rounding_benchmark_finds_packed_log_probs_as_near_to_fp32_as_padded_ones(tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    pairs(12).to_json(tmp_path / "pairs.jsonl")
+    command = [sys.executable, str(BENCHMARKS / "bench_rounding.py"), "--model", str(model), "--batches", "3"]
+    command += ["--dataset", str(tmp_path / "pairs.jsonl"), "--batch_size", "4", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    last = json.loads(run.stdout.strip().splitlines()[-1])
+    errors = last["error_of_a_completion_nat"]
+    assert 0 < errors["packed"] <= 2 * errors["padded"] + 1e-4
+    between = json.loads(Path(last["file"]).read_text())["between_batch_and_alone"]
+    assert between["packed"]["loss"] == pytest.approx(0.05 * between["packed"]["margin_nat"] / 2)
+
+
 @pytest.mark.slow  # two processes with TRL
 def test_curves_benchmark_runs_and_writes_its_result(tmp_path):
     model = tmp_path / "model"

@@ -19,7 +19,7 @@ LAYERS = (
     {"dpo_fast_kernels"},
     {"groups", "columns", "pieces", "losses", "objective", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
-    | {"models", "checkpoints", "collator", "coupling", "ranks", "sampler", "dealing", "forward", "fused_linear"}
+    | {"models", "compilation", "checkpoints", "collator", "coupling", "ranks", "sampler", "dealing", "forward", "fused_linear"}
     | {"metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from dpo_fast.compilation import is_compiled
 from dpo_fast.head import logit_transform
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
@@ -321,5 +322,8 @@ def reference_description(
         "experts": getattr(config, "_experts_implementation", None),
         "config": _model_settings(config),
     }
-    settings = _adapter_settings(model) if adapters else None
-    return {**description, "adapters": settings} if settings else description
+    if is_compiled(base):
+        description["compiled"] = True
+    if adapters and (settings := _adapter_settings(model)):
+        description["adapters"] = settings
+    return description
