@@ -1,62 +1,116 @@
-"""Does a checkpoint fit the model that is to go on from it? Asked before anything is loaded."""
+"""Which checkpoint a run goes on from: one that was written to its end and that fits. Asked before anything is loaded.
+
+A process may be killed while it writes. trainer_state.json comes last, when all ranks have written their parts
+(`DPOTrainer`), and is taken away before a folder is written again (`reopen_checkpoint`): where it can be read, the rest
+is there. A machine that loses power may still leave files that end too early, which their headers show.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
+
+STATE_FILE = "trainer_state.json"
+_TORCH_FILES = (".pt", ".pth", ".bin")
+_NAME = re.compile(r"checkpoint-(\d+)")
+_ZERO_PART = re.compile(r"zero_pp_rank_(\d+)_.*optim_states\.pt")
+
+logger = logging.getLogger(__name__)
+
+
+def reopen_checkpoint(folder: str | Path) -> None:
+    """Makes what an earlier run left in `folder` incomplete, before one of its files is written again."""
+    Path(folder, STATE_FILE).unlink(missing_ok=True)
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The folder to resume from: the one given, or for True the last in `output_dir`.
+    """The folder to resume from: the one given, or for True the last complete one in `output_dir`.
+
+    Later ones, which a killed run did not finish, are named in a warning and left as they are.
 
     Raises:
         ValueError: there is none.
     """
     if not resume_from_checkpoint:
         return None
-    if resume_from_checkpoint is True:
-        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if folder is None:
-            raise ValueError(f"resume_from_checkpoint is True, but {output_dir!r} holds no checkpoint-… folder")
-        return folder
-    if not Path(resume_from_checkpoint, "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={str(resume_from_checkpoint)!r} holds no trainer_state.json; give a checkpoint-… "
-            "folder that a trainer wrote, not a saved model"
+    if resume_from_checkpoint is not True:
+        if (part := _unfinished_part(Path(resume_from_checkpoint))) is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} holds no complete {part}; give a checkpoint-… "
+                "folder that a trainer wrote to its end, not a saved model, or True for the last one in output_dir"
+            )
+        return str(resume_from_checkpoint)
+    numbered = {int(name[1]): path for path in Path(output_dir).glob("*") if (name := _NAME.fullmatch(path.name))}
+    for _, folder in sorted(numbered.items(), reverse=True):
+        if (part := _unfinished_part(folder)) is None:
+            return str(folder)
+        logger.warning(
+            "%s holds no complete %s: its run was stopped while it was written; trying the one before", folder, part
         )
-    return str(resume_from_checkpoint)
+    raise ValueError(
+        f"resume_from_checkpoint is True, but {output_dir!r} holds no checkpoint-… folder"
+        + (f" that is complete, of {len(numbered)}; leave resume_from_checkpoint out to begin anew" if numbered else "")
+    )
 
 
-def check_checkpoint(model: nn.Module, folder: str) -> None:
+def _unfinished_part(folder: Path) -> str | None:
+    """The file of a checkpoint that is missing or not written to its end; None for a complete checkpoint."""
+    try:
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return STATE_FILE
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and _ends_too_early(file))
+    return next((str(file.relative_to(folder)) for file in files), None)
+
+
+def _ends_too_early(file: Path) -> bool:
+    """Reads no more than headers."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return False
+        except SafetensorError:
+            return True
+    if file.suffix not in _TORCH_FILES:
+        return False
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"", b"PK") and not zipfile.is_zipfile(opened)  # torch.save writes zip archives
+
+
+def check_checkpoint(model: nn.Module, folder: str, ranks: int = 1) -> None:
     """Compares names and shapes of the weights in `folder` with those of `model`; reads headers only.
 
     Sharded checkpoints of an engine, which hold no safetensors file, are left to the engine.
 
     Raises:
         ValueError: a weight is unknown to the model or has another shape, or the checkpoint is an adapter and the model
-            has none, or the other way round.
+            has none, or the other way round, or ZeRO cut it for another number of ranks.
     """
+    _check_ranks(folder, ranks)
     adapter, files = Path(folder, "adapter_model.safetensors"), sorted(Path(folder).glob("model*.safetensors"))
     if hasattr(model, "peft_config") and files and not adapter.exists():
         raise ValueError(f"checkpoint {folder!r} holds a whole model, but an adapter is trained: leave out peft_config")
     if not hasattr(model, "peft_config") and adapter.exists():
         raise ValueError(f"checkpoint {folder!r} holds an adapter, but the whole model is trained: pass peft_config")
+    expected = model.state_dict(keep_vars=True)
     if adapter.exists():
         from peft import get_peft_model_state_dict
 
-        expected, files = get_peft_model_state_dict(model), [adapter]
-    else:
-        expected = model.state_dict()
+        expected, files = get_peft_model_state_dict(model, expected), [adapter]
+    expected = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in expected.items()}  # whole in ZeRO-3
     for name, shape in _saved_shapes(files):
         if name not in expected:
             raise ValueError(f"checkpoint {folder!r} has a weight {name!r} that the model lacks: it is another model's")
-        if list(expected[name].shape) != shape:
+        if list(expected[name]) != shape:
             raise ValueError(
-                f"checkpoint {folder!r} has {name!r} of shape {shape}, the model {list(expected[name].shape)}; resume "
+                f"checkpoint {folder!r} has {name!r} of shape {shape}, the model {list(expected[name])}; resume "
                 "with the model and adapter configuration that the run began with"
             )
 
@@ -66,3 +120,17 @@ def _saved_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 yield name, tensors.get_slice(name).get_shape()
+
+
+def _check_ranks(folder: str, ranks: int) -> None:
+    """ZeRO goes on only with as many ranks as its checkpoint was cut for, unless DeepSpeed's tool made it universal."""
+    if Path(folder, "latest_universal").exists():
+        return
+    parts = (_ZERO_PART.search(file.name) for file in Path(folder).glob("global_step*/*"))
+    saved = max((int(part[1]) + 1 for part in parts if part), default=ranks)
+    if saved != ranks:
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} holds what DeepSpeed's ZeRO cut for {saved} ranks, and this run has "
+            f"{ranks}; resume with {saved}, or begin a new run with model={folder!r} and ref_model the model that this "
+            "run began with"
+        )
