@@ -6,6 +6,7 @@ help) and `logging_nan_inf_filter`.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -252,6 +253,7 @@ class DPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        self._check_parallelism()
         if isinstance(self.model_init_kwargs, str):
             raise ValueError(
                 f"model_init_kwargs={self.model_init_kwargs!r} is not a mapping; on the command line give a JSON "
@@ -266,6 +268,33 @@ class DPOConfig(TrainingArguments):
         for name, weight in [*zip(self.loss_type, weights, strict=True), ("nll", self.rpo_alpha or 0.0)]:
             mix[name] = mix.get(name, 0.0) + weight
         return {name: weight for name, weight in mix.items() if weight or name != "nll"}
+
+    def _check_parallelism(self) -> None:
+        """Refuses what gives several ranks the same rows, or parts of each: the trainer deals rows to single ranks."""
+        for name, size in self._parallel_sizes().items():
+            if size > 1 and name.endswith(("tp_size", "autotp_size")):
+                raise ValueError(tensor_parallel_refusal(f"{name}={size}"))
+            if size > 1:
+                raise ValueError(
+                    f"{name}={size} would cut sequences across GPUs, and completions share the keys of a prompt across "
+                    "the cut; leave it at 1. For long sequences bound max_tokens_per_micro_batch, keep "
+                    "gradient_checkpointing on and shard the model with FSDP2 or ZeRO-3, offloaded if need be."
+                )
+
+    def _parallel_sizes(self) -> dict[str, int]:
+        """Ranks that a model or a sequence is shared out among, by the setting that says so."""
+        names = ("cp_size", "sp_size", "tp_size")
+        given, sizes = getattr(self, "parallelism_config", None), {}
+        if given is not None:
+            sizes = {f"parallelism_config.{name}": getattr(given, name, 1) for name in names}
+        elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":  # of `accelerate launch`
+            values = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in names}
+            sizes = {f"parallelism_config.{name}": int(value) for name, value in values.items()}
+        if (plugin := getattr(self, "deepspeed_plugin", None)) is not None:
+            options = plugin.deepspeed_config
+            sizes["deepspeed.sequence_parallel_size"] = options.get("sequence_parallel_size", 1)
+            sizes["deepspeed.tensor_parallel.autotp_size"] = options.get("tensor_parallel", {}).get("autotp_size", 1)
+        return sizes
 
     def _check_choices(self) -> None:
         choices = {
@@ -345,6 +374,15 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None for the default.")
+
+
+def tensor_parallel_refusal(setting: str) -> str:
+    """Why `setting`, which shares out a model's matrices among ranks, is not for the trainer, and what is."""
+    return (
+        f"{setting}: the ranks of a tensor-parallel model need the same rows, and DPOTrainer deals each its own; leave "
+        "it out and shard the model with FSDP2 or ZeRO-3 (examples/accelerate). In a loop of your own, add_dpo_forward "
+        "takes a tensor-parallel model."
+    )
 
 
 def _pad_multiple(value: int | str | None) -> int | None:

@@ -126,7 +126,7 @@ def _scored(
 ) -> dict[str, Tensor | None]:
     """The fields of `PackedOutput` that come out of the head, whose parameters are at hand."""
     head = head_of(model)
-    options = {"transform": head.transform, "statistics": statistics}
+    options = {"transform": head.transform, "statistics": statistics, "shards": head.shards}
     if loss is None:
         value = None
         rows = linear_logps(hidden, head.weight, packed.targets, head.bias, cu_scores=packed.cu_scores, **options)

@@ -1,13 +1,17 @@
-"""The LM head of a Hugging Face model as arguments of the kernels: weight, bias and what is done to the logits."""
+"""The LM head of a Hugging Face model as arguments of the kernels: weight, bias and what is done to the logits.
+
+Under tensor parallelism a rank holds some rows of the weight, all of hidden, and makes the logits of its own words.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_fast_kernels import LogitTransform
+from dpo_fast_kernels import LogitTransform, VocabularyShards
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,17 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     transform: LogitTransform
+
+    @property
+    def shards(self) -> VocabularyShards | None:
+        """How the words lie on tensor-parallel ranks; None where the weight is whole. Ask inside the model's forward.
+
+        There FSDP2 has gathered what it shards, so that a weight which is still a DTensor is a tensor-parallel one.
+
+        Raises:
+            ValueError: the weight is sharded otherwise than by rows.
+        """
+        return VocabularyShards.of(self.weight) if isinstance(self.weight, DTensor) else None
 
 
 def head_of(model: PreTrainedModel) -> Head:

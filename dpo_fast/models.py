@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.attention import use_shared_prefix
-from dpo_fast.config import DPOConfig
+from dpo_fast.config import DPOConfig, tensor_parallel_refusal
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import Layout
 from dpo_fast.loading import looks_local
 
 if TYPE_CHECKING:
-    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +33,24 @@ def load_model(
     """Returns `model`, loaded when it is a name or path; in fp32 unless `args.model_init_kwargs` has a dtype.
 
     Raises:
-        ValueError: options for loading beside a loaded model, or a path that does not hold a model.
+        ValueError: options for loading beside a loaded model, a tensor-parallel model, or a path that does not hold a
+            model.
     """
     options = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
         if options or quantization_config is not None:
             given = "quantization_config" if quantization_config is not None else "args.model_init_kwargs"
             raise ValueError(f"{given} is for loading a model by name, but model is a loaded {type(model).__name__}")
+        if (size := getattr(model, "tp_size", None) or 1) > 1:
+            raise ValueError(tensor_parallel_refusal(f"model.tp_size={size}"))
         return model
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError("quantization_config is given twice, also in args.model_init_kwargs; keep one")
         options["quantization_config"] = quantization_config
+    for name in ("tp_plan", "tp_size", "distributed_config"):
+        if options.get(name) not in (None, 1):
+            raise ValueError(tensor_parallel_refusal(f"model_init_kwargs[{name!r}]={options[name]!r}"))
     check_model_path(model, options)
     path = Path(model).expanduser()
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
@@ -116,11 +125,75 @@ def vocabulary_size(model: nn.Module) -> int:
     return getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[0]
 
 
+def prepare_reference(ref_model: PreTrainedModel, vocab_size: int, layout: Layout) -> None:
+    """Gives `ref_model`, bare or in an adapter, the packed forward in the policy's `layout`.
+
+    Raises:
+        ValueError: it has fewer token embeddings than `vocab_size`, the policy's, or is tensor-parallel.
+    """
+    base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
+    if (size := getattr(base, "tp_size", None) or 1) > 1:
+        raise ValueError(tensor_parallel_refusal(f"ref_model.tp_size={size}"))
+    if vocabulary_size(base) < vocab_size:
+        raise ValueError(
+            f"ref_model has {vocabulary_size(base)} token embeddings and model has {vocab_size}; use a reference with "
+            "the same tokenizer"
+        )
+    prepare_forward(base, layout)
+
+
 def keep_numbers_exact(plugin: FullyShardedDataParallelPlugin) -> None:
     """Keeps FSDP2's mixed precision from rounding what goes into the loss, and log-probs and metrics that come out."""
     policy = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
+
+
+def dtype_of_engine(accelerator: Accelerator) -> torch.dtype | None:
+    """What FSDP or DeepSpeed casts weights to when it takes a model over; None where autocast, or nothing, does it."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return getattr(accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return None
+
+
+@contextlib.contextmanager
+def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Modules of `model` run with their weights in `dtype`, as they will under an engine that has yet to take it over.
+
+    Autocast leaves in fp32 what layers add to; with embeddings in bf16, as engines have them, that is in bf16 too, and
+    log-probs are others. For passes without gradient. A module's copies exist while it runs.
+    """
+    handles, whole = [], {}
+
+    def cast(module: nn.Module, *_) -> None:
+        whole[module] = {name: module._parameters[name] for name in _other_weights(module, dtype)}
+        for name, weight in whole[module].items():
+            module._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+
+    def restore(module: nn.Module, *_) -> None:
+        module._parameters.update(whole.pop(module))
+
+    for module in model.modules():
+        if _other_weights(module, dtype):
+            handles.append(module.register_forward_pre_hook(cast))
+            handles.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _other_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Names of a module's own weights that are in another dtype, but for those that an engine has in its hands."""
+    return [
+        name
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.is_floating_point() and weight.dtype != dtype
+        if not isinstance(weight, DTensor) and not hasattr(weight, "ds_id")
+    ]
 
 
 def disable_dropout(model: nn.Module | None) -> None:

@@ -1,7 +1,8 @@
 """Every example trains as it is written: step for step with the loss and reward accuracy of DPOTrainer on the same rows
 in the same order, and what it saves loads and has learnt.
 
-Also promised: the Python code of the pages in docs does what the page says, on the way from other code to this.
+Also promised: the script for Slurm starts one run on all nodes, and what docs/several_machines.md says of two machines
+holds. The Python code of the pages in docs does what the page says, on the way from other code to this.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_fast import DPOCollator, load_preference_dataset
+from dpo_fast.arguments import parse_train_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
@@ -137,6 +145,123 @@ def test_two_processes_share_the_steps_of_a_plain_loop(tmp_path):
     assert accuracies == pytest.approx(logged(expected, "rewards/accuracies"), abs=1e-4)
 
 
+# ---- several machines ----
+
+SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
+
+
+def commands(page: str, heading: str) -> list[str]:
+    """The shell code below a heading of a page."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    section = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```bash\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+
+
+def on_two_nodes(tmp_path: Path, *flags: str, **variables: str) -> list[list[str]]:
+    """The words of the command that the script runs on each of two nodes of a pretended cluster."""
+    programs = {
+        "scontrol": "printf 'one\\ntwo\\n'",
+        "srun": 'for node in 0 1; do SLURM_NODEID=$node "${@:2}"; done',
+        "dpo-fast": "printf '%s\\n' \"$@\" END",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    cluster = {"SLURM_JOB_NODELIST": "[one,two]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    cluster |= {"SLURM_JOB_ID": "40007", "SLURM_SUBMIT_DIR": str(ROOT), "MODEL": "M", "DATASET": "D"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(SBATCH), *flags],
+        env={**os.environ, **cluster, **variables, "PATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [part.split("\n")[:-1] for part in done.stdout.split("END\n")[:-1]]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_script_for_slurm_starts_one_run_on_all_nodes(tmp_path, engine):
+    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
+    words = on_two_nodes(tmp_path, "--output_dir", "mine", "--beta", "0.2", ENGINE=engine)
+    parsed = [parse_train_arguments(node[1:]) for node in words]
+    for rank, (node, arguments) in enumerate(zip(words, parsed, strict=True)):
+        assert node[0] == "train" and arguments.config.beta == 0.2
+        assert arguments.config.reference_cache_dir == str(ROOT / "dpo" / "reference")
+        flags = list(arguments.launch)
+        flags[flags.index("--accelerate_config")] = "--config_file"
+        launched, *_ = _validate_launch_command(launch_command_parser().parse_args([*flags, "train.py"]))
+        assert (launched.num_machines, launched.num_processes, launched.machine_rank) == (2, 8, rank)
+        assert (launched.main_process_ip, launched.main_process_port) == ("one", 20007)
+        assert launched.deepspeed_multinode_launcher == "standard"
+        assert launched.use_deepspeed == engine.startswith("zero") and launched.use_fsdp == (engine == "fsdp2")
+
+
+def own_folder(folder: Path) -> dict[str, str]:
+    """Puts a model and rows into the folder of a machine, as if it had fetched them itself; where its caches lie."""
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    ranked(16).to_json(folder / "rows.jsonl")
+    own = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "datasets", "XDG_CACHE_HOME": "cache", "DPO_FAST_CACHE": "dpo_fast"}
+    return {name: str(folder / place) for name, place in own.items()}
+
+
+def trained_on_machines(folder: Path, endpoint: str, machines: Sequence[str], store: Path) -> dict[str, Any]:
+    """Runs the page's command on every machine at once, a process each; what the first one saved."""
+    (page,) = commands("several_machines", "torchrun")
+    flags = "--use_cpu --max_steps 6 --save_steps 6 --logging_steps 1 --learning_rate 1e-3 --report_to none"
+    flags += f" --gradient_checkpointing False --per_device_train_batch_size {4 // len(machines)} --logging_steps 1"
+    running = []
+    for name in machines:
+        here = folder / name
+        here.mkdir()
+        words = {
+            "--nnodes 2": f"--nnodes {len(machines)} --local_addr 127.0.0.1",
+            "--nproc_per_node 8": "--nproc_per_node 1",
+            "HOST:29500": endpoint,
+            "MODEL": here / "model",
+            "DATASET": here / "rows.jsonl",
+            "SHARED/reference": store,
+            "SHARED/out": here / "out",
+        }
+        command = page.rstrip()
+        for word, value in words.items():
+            assert word in command, word
+            command = command.replace(word, str(value))
+        environment = {**os.environ, **own_folder(here), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(
+                ["bash", "-c", f"{command} {flags}"],
+                cwd=here,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )  # fmt: skip
+        )
+    for process in running:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-5000:]
+    saved = folder / machines[0] / "out" / "checkpoint-6"
+    history = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    return {"logs": history, "weights": load_file(saved / "model.safetensors")}
+
+
+@pytest.mark.slow
+def test_two_machines_share_nothing_but_the_store(tmp_path):
+    """Each with a model, rows, caches and an output folder of its own: they train what one process trains."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    alone = trained_on_machines(tmp_path, endpoint, ["alone"], tmp_path / "other_store")
+    together = trained_on_machines(tmp_path, endpoint, ["first", "second"], tmp_path / "store")
+    for key in ("loss", "rewards/margins", "logps/chosen"):
+        found, expected = ([row[key] for row in run["logs"] if key in row] for run in (together, alone))
+        assert len(found) == 6 and found == pytest.approx(expected, rel=1e-4, abs=2e-6), key
+    assert "rank_balance" in together["logs"][0], "the two machines trained apart"
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(together["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    for name in ("first", "second"):
+        assert any((tmp_path / name / "datasets").rglob("*.arrow")), f"the {name} machine has no cache of its own"
+
+
 # ---- pages ----
 
 
@@ -147,7 +272,9 @@ def blocks(page: str, heading: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["docs/migrate.md", "docs/integrations.md", "examples/README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/migrate.md", "docs/integrations.md", "docs/several_machines.md", "examples/README.md"]
+)
 def test_what_a_page_names_is_there(page):
     """The names that its code imports, and the files and tests that it points to."""
     text = (ROOT / page).read_text(encoding="utf-8")
