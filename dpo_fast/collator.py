@@ -14,8 +14,9 @@ from dpo_fast.sampler import split_by_tokens
 class DPOCollator:
     """Rows of a tokenised dataset → the packs of a batch.
 
-    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each, and `totals`, the sum of theirs, fp32
-    [2]. `cut` is that of `pack`.
+    Returns a dict of `packs`, a list of `PackedBatch` under `max_tokens` each; `totals`, the sum of theirs, fp32 [2];
+    and `positions`, for every comparison the place of its row in the batch of all ranks: what the row says, or else its
+    place in `rows`. `cut` is that of `pack`.
     """
 
     layout: Layout = "shared"
@@ -26,6 +27,7 @@ class DPOCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = [PreferenceGroup.from_row(row) for row in rows]
         costs = [group.num_tokens(self.layout) for group in groups]
-        parts = split_by_tokens(groups, costs, self.max_tokens)
-        packs = [pack(part, self.layout, self.pad_token_id, self.cut) for part in parts]
-        return {"packs": packs, "totals": sum(packed.totals for packed in packs)}
+        parts = split_by_tokens(range(len(groups)), costs, self.max_tokens)
+        packs = [pack([groups[i] for i in part], self.layout, self.pad_token_id, self.cut) for part in parts]
+        positions = [rows[i].get("position", i) for part in parts for i in part for _ in groups[i].comparisons]
+        return {"packs": packs, "totals": sum(packed.totals for packed in packs), "positions": positions}

@@ -3,9 +3,8 @@
     cost(group) = 2·P·tokens + 2·H·V·score rows + 4·H·L·visible pairs        FLOP of a forward; a step takes thrice that
 
 Groups differ in length by orders of magnitude, and a step is as slow as its slowest rank. So ranks do not take equally
-many groups but equal costs, longest first, and then the same number of packs, because an engine's collectives run once
-a pack. A group's gradient does not depend on the pack that it is in, so the groups of a step are those of one process
-with the same seed and batch, and so is the sum of its gradients.
+many groups but equal costs, longest first. A group's gradient does not depend on the rank that has it, so the groups of
+a step are those of one process with the same seed and batch, and so is the sum of its gradients.
 
 All ranks deal all groups of the step, by integers alone, and so agree without a word.
 P parameters of the body, H hidden, L layers, V vocabulary.
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 
 from dpo_fast.models import vocabulary_size
 from dpo_fast.reference.keys import windows
-from dpo_fast.sampler import deal, longest_first, split_by_tokens
+from dpo_fast.sampler import deal, longest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,25 +37,27 @@ class GroupCost:
     Attributes:
         parameters: of the body, without embeddings and LM head.
         hidden_size, num_layers, vocab_size: of the model.
+        layout: of the packed batches.
     """
 
     parameters: int
     hidden_size: int
     num_layers: int
     vocab_size: int
+    layout: Layout = "shared"
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel) -> GroupCost:
+    def of_model(cls, model: PreTrainedModel, layout: Layout = "shared") -> GroupCost:
         """Reads the sizes of a causal language model; call it before FSDP shards the parameters."""
         config = model.config.get_text_config()
         outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
         body = (parameter for parameter in model.parameters() if id(parameter) not in outside)
         parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in body)
-        return cls(parameters, config.hidden_size, config.num_hidden_layers, vocabulary_size(model))
+        return cls(parameters, config.hidden_size, config.num_hidden_layers, vocabulary_size(model), layout)
 
-    def __call__(self, prompt: int, completions: Sequence[int], layout: Layout = "shared") -> int:
+    def __call__(self, prompt: int, completions: Sequence[int]) -> int:
         """Returns the cost of a group from the tokens of its prompt and of its completions."""
-        if layout == "shared":
+        if self.layout == "shared":
             tokens = prompt + sum(completions)
             pairs = _own_past(prompt) + sum(prompt * length + _own_past(length) for length in completions)
         else:
@@ -65,14 +66,14 @@ class GroupCost:
         linear = self.parameters * tokens + self.hidden_size * self.vocab_size * sum(completions)
         return 2 * linear + 4 * self.hidden_size * self.num_layers * pairs
 
-    def of_dataset(self, dataset: Dataset, layout: Layout) -> list[int]:
+    def of_dataset(self, dataset: Dataset) -> list[int]:
         """Returns the costs of all groups of a tokenised dataset."""
         costs = []
         for table in windows(dataset):
             lengths = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
             counts = pc.list_value_length(table["completion_ids"]).to_pylist()
             for prompt, count in zip(pc.list_value_length(table["prompt_ids"]).to_pylist(), counts, strict=True):
-                costs.append(self(prompt, list(islice(lengths, count)), layout))
+                costs.append(self(prompt, list(islice(lengths, count))))
         return costs
 
 
@@ -80,56 +81,24 @@ def _own_past(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def deal_groups(
-    costs: Sequence[int],
-    tokens: Sequence[int],
-    ranks: int,
-    max_tokens: int | None = None,
-) -> list[list[list[int]]]:
-    """Deals the groups of a step: for every rank its packs, for every pack its groups, as ascending indices.
+def deal_groups(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deals the groups of a step: for every rank its groups, as ascending indices.
 
-    All ranks have the same number of packs, each rank's from the dearest to the cheapest, so that packs that run at the
-    same time are alike. Where a rank has fewer groups than others have packs, its last packs are empty; a rank has no
-    group at all only if there are fewer groups than ranks.
+    No rank exceeds another by more than the cost of one group, and a rank has no group at all only if there are fewer
+    groups than ranks.
 
     Args:
         costs: of every group of the step, 1 or more, in the order of the sampler.
-        tokens: of every group, likewise.
         ranks: how many ranks there are.
-        max_tokens: bound of a pack, which a group alone may exceed; None makes one pack a rank.
 
     Raises:
-        ValueError: `costs` and `tokens` differ in length, or a cost is below 1.
+        ValueError: a cost is below 1.
     """
-    if len(costs) != len(tokens):
-        raise ValueError(f"tokens must have one entry for each of the {len(costs)} costs, got {len(tokens)}")
     if costs and min(costs) < 1:
         raise ValueError(f"costs must be 1 or more, got {min(costs)}")
-    hands = [sorted(hand) for hand in deal(longest_first(costs), costs, ranks)]
-
-    def split(hand: list[int], least: int) -> list[list[int]]:
-        return split_by_tokens(hand, [tokens[i] for i in hand], max_tokens, least)
-
-    count = max(1, *(len(split(hand, 1)) for hand in hands))
-    dealt = []
-    for hand in hands:
-        packs = sorted(split(hand, count), key=lambda pack: -sum(costs[i] for i in pack))
-        dealt.append(packs + [[] for _ in range(count - len(packs))])
-    return dealt
+    return [sorted(hand) for hand in deal(longest_first(costs), costs, ranks)]
 
 
-def pack_loads(costs: Sequence[int], dealt: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
-    """Returns the cost of every pack of every rank, as `deal_groups` dealt them."""
-    return [[sum(costs[i] for i in pack) for pack in packs] for packs in dealt]
-
-
-def mean_to_max(loads: Sequence[Sequence[float]]) -> float:
-    """Returns the share of their time that ranks work, and do not wait for the slowest: 1 is perfect balance.
-
-    Args:
-        loads: for every rank, what it does between one point where all ranks wait for each other and the next. Under
-            FSDP and ZeRO-3 that is every pack, under DDP and ZeRO-2 the whole step: `[[sum(packs)] for packs in …]`.
-    """
-    busy = sum(sum(rank) for rank in loads)
-    longest = sum(max(between) for between in zip(*loads, strict=True))
-    return busy / (len(loads) * longest) if longest else 1.0
+def mean_to_max(loads: Sequence[float]) -> float:
+    """Returns the share of their time that ranks work, and do not wait for the slowest: 1 is perfect balance."""
+    return sum(loads) / (len(loads) * max(loads)) if any(loads) else 1.0

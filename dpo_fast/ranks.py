@@ -12,10 +12,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -33,33 +35,46 @@ class _RankBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
             costs = [self.costs[index] for index in batch]
-            yield [batch[index] for pack in deal_groups(costs, costs, self.ranks)[self.rank] for index in pack]
+            yield [batch[index] for index in deal_groups(costs, self.ranks)[self.rank]]
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def share_among_ranks(loader: DataLoader, costs: Sequence[int] | None, accelerator: Accelerator) -> None:
+def with_positions(dataset: Dataset, batch_size: int) -> Dataset:
+    """Numbers the rows of every batch, so that what ranks find out about them can be put into order."""
+    return dataset.add_column("position", np.arange(len(dataset)) % batch_size)
+
+
+def share_among_ranks(
+    loader: DataLoader, costs_of: Callable[[Dataset], Sequence[int]], accelerator: Accelerator
+) -> DataLoader:
     """Makes a prepared loader of whole batches, those of all ranks together, give each rank a part of every batch.
 
-    accelerate's own shards repeat groups until the last batch is full; a stream, which has no `costs`, keeps them.
+    accelerate's own shards repeat groups until the last batch is full; they are told to hand on what they get.
 
     Args:
-        loader: as accelerate prepared it.
-        costs: of every group of the dataset.
-        accelerator: says which rank this is.
+        loader: as accelerate prepared it, of a dataset, or of `StreamBatches`, which are a rank's already.
+        costs_of: the costs of every group of a dataset.
+        accelerator: says which rank this is; with one process the loader stays as it is.
     """
+    if accelerator.num_processes == 1:
+        return loader
     loader.base_dataloader.collate_fn = functools.partial(_collate_on_rank, loader.collate_fn)
-    shard = loader.batch_sampler
-    if costs is not None and isinstance(shard, BatchSamplerShard):  # then hands on what it gets, as in transformers
-        batches = _RankBatches(shard.batch_sampler, costs, accelerator.process_index, accelerator.num_processes)
+    if isinstance(loader.dataset, IterableDatasetShard):
+        shard = loader.dataset
+        shard.num_processes, shard.process_index, shard.batch_size = 1, 0, 1
+    elif isinstance(shard := loader.batch_sampler, BatchSamplerShard):
+        costs, rank, ranks = costs_of(loader.dataset), accelerator.process_index, accelerator.num_processes
+        batches = _RankBatches(shard.batch_sampler, costs, rank, ranks)
         shard.batch_sampler, shard.sampler = batches, batches.sampler  # which gets the epoch, after a resume too
         shard.num_processes, shard.process_index, shard.batch_size = 1, 0, None
+    return loader
 
 
 def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `collate` makes of `rows`, if there are any, with the totals also as numbers that stay on the host."""
-    batch = collate(rows) if rows else {"packs": [], "totals": torch.zeros(2)}
+    batch = collate(rows) if rows else {"packs": [], "totals": torch.zeros(2), "positions": []}
     return {**batch, "host_totals": batch["totals"].tolist()}
 
 
@@ -70,7 +85,7 @@ def empty_pack(layout: Layout, pad_token_id: int = 0, cut: bool = False) -> Pack
 
 
 def level(
-    batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup
+    batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup | None
 ) -> tuple[Tensor, int, float]:
     """Gives every rank as many batches, and as many packs in each, as the rank with most has; the others' are empty.
 
@@ -78,12 +93,14 @@ def level(
         batches: of a loader that `share_among_ranks` was called with; filled up in place.
         most: how many batches a rank can have at most.
         empty: the pack to fill up with.
-        ranks: a group that works on the host, so that nothing waits for the device.
+        ranks: a group that works on the host, so that nothing waits for the device; None for one process.
 
     Returns:
         The sum of all batches' `totals`, fp32 [2], how many groups they have, and the balance of ranks: the mean number
         of tokens of a rank over the largest.
     """
+    if ranks is None:
+        return sum(batch["totals"] for batch in batches), num_groups(batches), 1.0
     totals = [sum(values) for values in zip([0.0, 0.0], *(batch["host_totals"] for batch in batches), strict=True)]
     counts = [len(batch["packs"]) for batch in batches] + [0] * (most - len(batches))
     tokens = sum(packed.num_tokens for batch in batches for packed in batch["packs"])
@@ -97,7 +114,7 @@ def level(
         if count:
             batches[index]["packs"] += [empty] * (count - len(batches[index]["packs"]))
     sums = everyone[:, :3].sum(dim=0)
-    return sums[:2].float(), int(sums[2]), mean_to_max(everyone[:, 3:4].tolist())
+    return sums[:2].float(), int(sums[2]), mean_to_max(everyone[:, 3].tolist())
 
 
 def num_groups(batches: Sequence[Mapping[str, Any]]) -> int:
@@ -109,3 +126,10 @@ def rows_of_all_ranks(rows: Tensor, accelerator: Accelerator) -> list[Tensor]:
     counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0))
     return [part[:count] for part, count in zip(gathered.split(max(counts)), counts, strict=True)]
+
+
+def rows_in_order(rows: Tensor, positions: Sequence[int] | None, accelerator: Accelerator) -> Tensor:
+    """The rows of all ranks in the order of one process; rank by rank where a collator does not say their positions."""
+    places = rows.new_tensor([0] * len(rows) if positions is None else positions)
+    rows = torch.cat(rows_of_all_ranks(torch.cat([rows, places[:, None]], dim=1), accelerator))
+    return rows[rows[:, -1].argsort(stable=True), :-1]

@@ -34,22 +34,19 @@ def deal(order: Sequence[int], costs: Sequence[int], count: int, max_load: int |
     return hands
 
 
-def split_by_tokens(
-    items: Sequence[Item], costs: Sequence[int], max_tokens: int | None, least: int = 1
-) -> list[list[Item]]:
+def split_by_tokens(items: Sequence[Item], costs: Sequence[int], max_tokens: int | None) -> list[list[Item]]:
     """Deals `items` into few packs of nearly equal cost, each within `max_tokens`.
 
     Longest first, each to the pack with the least so far: no pack ends up small, where products are slow and round
     differently. An item that exceeds `max_tokens` alone gets a pack of its own: nothing can make it smaller. Items keep
-    their order inside a pack. `max_tokens=None` is one pack; otherwise there are at least `least`, as far as the items
-    go, and not more where fewer would do.
+    their order inside a pack. `max_tokens=None` is one pack.
     """
     if max_tokens is None:
         return [list(items)]
     order = longest_first(costs)
     alone = [[i] for i in order if costs[i] > max_tokens]
     fitting = order[len(alone) :]
-    count = max(-(-sum(costs[i] for i in fitting) // max_tokens), least - len(alone))
+    count = max(1, -(-sum(costs[i] for i in fitting) // max_tokens))
     while (packs := deal(fitting, costs, count, max_tokens)) is None:
         count += max(1, count // 50)
     return [[items[i] for i in sorted(pack)] for pack in (*alone, *filter(None, packs))]

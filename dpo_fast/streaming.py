@@ -1,4 +1,4 @@
-"""A stream of rows → a stream of preference groups, and of those with reference log-probs.
+"""A stream of rows → a stream of preference groups, and the batches of those, with reference log-probs.
 
 Rows are tokenised, cut and scored as training asks for them, so a stream has no account of what was dropped, and what
 depends on all rows at once is refused.
@@ -6,21 +6,27 @@ depends on all rows at once is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import torch
+from accelerate import Accelerator
 from datasets import Features, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.columns import ACCOUNT, REFERENCE_FIELDS, column_names, group_features, tokenized_features
+from dpo_fast.dealing import deal_groups
 from dpo_fast.formats import PREPARED, detect_format
 from dpo_fast.groups import ComparisonChoice
-from dpo_fast.reference.keys import COLUMNS
 from dpo_fast.tokenization import TokenizeRows
 from dpo_fast.truncation import TruncateRows
 
-ROWS_AHEAD = 64  # that are tokenised together, and scored together by the reference
+if TYPE_CHECKING:
+    from dpo_fast.reference.model import Reference
+
+ROWS_AHEAD = 64  # that are tokenised together, and a rank's that the reference scores together
+Row = dict[str, Any]
 
 
 def prepare_stream(
@@ -67,7 +73,7 @@ def prepare_stream(
     return rows.filter(_is_usable).remove_columns(list(ACCOUNT))
 
 
-def _is_usable(row: dict[str, Any]) -> bool:
+def _is_usable(row: Row) -> bool:
     supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
     if row["comparisons"] and row["truncated"] and supplied:
         raise ValueError(
@@ -77,15 +83,46 @@ def _is_usable(row: dict[str, Any]) -> bool:
     return bool(row["comparisons"])
 
 
-def add_reference_to_stream(
-    dataset: IterableDataset,
-    column: str,
-    reference: Callable[[pa.Table], pa.ListArray],
-) -> IterableDataset:
-    """Adds a column that `reference` makes of 64 groups at a time, when they are asked for."""
+class StreamBatches(torch.utils.data.IterableDataset):
+    """What one rank takes of every batch of a stream: rows that cost as much as any other rank's.
 
-    def add(batch: dict[str, list]) -> dict[str, list]:
-        rows = pa.table({name: values for name, values in batch.items() if name in COLUMNS})
-        return {column: reference(rows).to_pylist()}
+    Every rank reads all rows and deals them, so that all agree without a word; the reference runs on a rank's own.
 
-    return dataset.map(add, batched=True, batch_size=ROWS_AHEAD)
+    Args:
+        groups: as `prepare_stream` returns them.
+        batch_size: of all ranks together.
+        cost: of a group, from the tokens of its prompt and of its completions.
+        accelerator: says which rank this is.
+        reference: runs on about 64 rows at a time; None where they have reference log-probs, or need none.
+    """
+
+    def __init__(
+        self,
+        groups: IterableDataset,
+        batch_size: int,
+        cost: Callable[[int, list[int]], int],
+        accelerator: Accelerator,
+        reference: Reference | None = None,
+    ):
+        self.groups, self.batch_size, self.cost, self.reference = groups, batch_size, cost, reference
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.groups.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        """Yields batches of rows, each with its `position` in the batch of all ranks."""
+        if self.reference is not None:
+            self.reference.share_rows()  # another epoch may deal them otherwise
+        rows = iter(self.groups)
+        batches_ahead = max(1, ROWS_AHEAD * self.ranks // self.batch_size)
+        while batches := [batch for _ in range(batches_ahead) if (batch := list(islice(rows, self.batch_size)))]:
+            hands = [self._hand(batch) for batch in batches]
+            own = [row for hand in hands for row in hand]
+            own = iter(own if self.reference is None else self.reference.with_logps_of_rows(own))
+            for hand in hands:
+                yield list(islice(own, len(hand)))
+
+    def _hand(self, batch: list[Row]) -> list[Row]:
+        costs = [self.cost(len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]) for row in batch]
+        return [{**batch[i], "position": i} for i in deal_groups(costs, self.ranks)[self.rank]]

@@ -32,9 +32,8 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
-from dpo_fast.checkpoints import check_checkpoint, find_checkpoint
+from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
 from dpo_fast.compilation import compile_layers
@@ -55,15 +54,17 @@ from dpo_fast.models import (
     load_model,
     prepare_forward,
     prepare_peft,
+    prepare_reference,
     vocabulary_size,
 )
 from dpo_fast.objective import Objective
 from dpo_fast.preparation import prepare_preferences
-from dpo_fast.ranks import empty_pack, level, num_groups, rows_of_all_ranks, share_among_ranks
+from dpo_fast.ranks import empty_pack, level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
 from dpo_fast.running_margin import RunningMargin
+from dpo_fast.streaming import StreamBatches
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class DPOTrainer(Trainer):
         for part in (model, ref_model) if args.disable_dropout else ():
             disable_dropout(part)
         head_of(base)  # refuses a model without a head, or with an adapter on it
-        self._group_cost = GroupCost.of_model(base)
+        self._group_cost = GroupCost.of_model(base, self.layout)
 
         super().__init__(
             model=model,
@@ -208,7 +209,7 @@ class DPOTrainer(Trainer):
     # ---- data and reference ----
 
     def _tokenized(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        with self._config.main_process_first(local=False, desc=f"tokenizing {name}"):
+        with self._config.main_process_first(local=True, desc=f"tokenizing {name}"):
             dataset, summary = prepare_preferences(
                 dataset, self._tokenizer, self._config, vocab_size=self._vocab_size, name=name
             )
@@ -228,20 +229,15 @@ class DPOTrainer(Trainer):
                 "they are computed"
             )
         if isinstance(dataset, IterableDataset):
-            return self.reference.with_logps_of_stream(dataset)
+            self.reference.expect_rows(self.args.dataloader_num_workers)
+            return dataset
         return self.reference.with_logps(dataset, name)
 
     def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint) -> Reference:
         model, adapters = self.model, not self._new_adapter
         if ref_model is not None:
             model, adapters, fingerprint = ref_model.to(self.args.device), True, weights_fingerprint
-            base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
-            if vocabulary_size(base) < self._vocab_size:
-                raise ValueError(
-                    f"ref_model has {vocabulary_size(base)} token embeddings and model has {self._vocab_size}; use a "
-                    "reference with the same tokenizer"
-                )
-            prepare_forward(base, self.layout)
+            prepare_reference(ref_model, self._vocab_size, self.layout)
         return Reference(
             model,
             self.accelerator,
@@ -260,9 +256,9 @@ class DPOTrainer(Trainer):
         """Like `Trainer.train`; a checkpoint that does not fit the model is refused before anything is loaded."""
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            check_checkpoint(self.accelerator.unwrap_model(self.model), folder)
+            check_checkpoint(self.accelerator.unwrap_model(self.model), folder, self.accelerator.num_processes)
             if self._running_margin is not None:
-                self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)))
+                self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / STATE_FILE)))
         try:
             return super().train(folder, *args, **kwargs)
         finally:
@@ -288,27 +284,27 @@ class DPOTrainer(Trainer):
     def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
         """Totals and number of groups of `batches`, of all ranks, which then have equally many batches and packs; and
         how evenly their tokens lay."""
-        if self._host_group is None:
-            totals, groups, balance = sum(batch["totals"] for batch in batches), num_groups(batches), 1.0
-        else:
-            totals, groups, balance = level(batches, most, self._empty, self._host_group)
+        totals, groups, balance = level(batches, most, self._empty, self._host_group)
         return torch.as_tensor(totals, device=self.args.device), groups, balance
 
     @functools.cached_property
     def _host_group(self) -> dist.ProcessGroup | None:
         """All ranks, to tell each other what the host knows without waiting for the device; None for one process."""
-        return dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        if self.accelerator.num_processes == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=self.args.ddp_timeout_delta)
 
     def _get_dataloader(self, dataset, description: str, batch_size: int, *args, **kwargs) -> DataLoader:
         """Like transformers', but in the order of one process, and no group comes twice to fill up the last batch."""
-        ranks = self.accelerator.num_processes
-        whole = batch_size if isinstance(dataset, IterableDataset) else batch_size * ranks
+        whole = batch_size * self.accelerator.num_processes
+        if isinstance(dataset, IterableDataset):
+            known = self.reference is None or self.reference.column in column_names(dataset)
+            reference = None if known else self.reference
+            dataset, whole = StreamBatches(dataset, whole, self._group_cost, self.accelerator, reference), None
+        elif whole > batch_size and not kwargs.get("is_training"):
+            dataset = with_positions(dataset, whole)
         loader = super()._get_dataloader(dataset, description, whole, *args, **kwargs)
-        if ranks > 1:
-            stream = isinstance(dataset, IterableDataset)
-            costs = None if stream else self._group_cost.of_dataset(dataset, self.layout)
-            share_among_ranks(loader, costs, self.accelerator)
-        return loader
+        return share_among_ranks(loader, self._group_cost.of_dataset, self.accelerator)
 
     def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
         """Finds out in a first pass how the packs of `batches` depend on each other, unless they are one and alone."""
@@ -420,7 +416,7 @@ class DPOTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         rows = [torch.cat([rewards, packed.comparison_weights[:, None]], dim=1) for packed, rewards in outputs]
-        rows = torch.cat(rows_of_all_ranks(torch.cat(rows), self.accelerator))
+        rows = rows_in_order(torch.cat(rows), inputs.get("positions"), self.accelerator)
         return loss, rows[:, :2], rows[:, 2]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -473,10 +469,15 @@ class DPOTrainer(Trainer):
         self._new_tokens = 0
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        self._count_tokens()
+        reopen_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        self._count_tokens()  # gathers: no rank writes before the folder is reopened
         if self._running_margin is not None:
             self._running_margin.save(self.state)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which is next, says that all is written
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 FLOP a parameter and token, for transformers' log of the total."""

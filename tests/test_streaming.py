@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 
 from dpo_fast.data import prepare_dataset
-from dpo_fast.streaming import prepare_stream
+from dpo_fast.streaming import StreamBatches, prepare_stream
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_tokenizer
-from test_trainer import logged, make_trainer, pairs, ranked
+from test_trainer import assert_same_weights, logged, make_trainer, pairs, ranked, trained
 
 ROWS = [
     {"prompt": "w5 w6", "chosen": " w7 w8", "rejected": " w9"},
@@ -85,6 +86,77 @@ def test_what_a_stream_has_computed_is_in_the_store_for_the_next(tmp_path):
     assert "eval_loss" in again.evaluate() and again.reference.store.computed == 8
     for rows in (dataset, pairs(4, seed=3)):
         assert make_trainer(tmp_path, rows).reference.store.computed == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_batch_is_that_of_one_process_and_each_row_goes_to_one_rank(ranks):
+    """17 rows in batches of 8: the last is a single row, and two ranks of three get nothing of it."""
+    groups = prepare_stream(as_stream(pairs(17)), tiny_tokenizer(), max_length=64)
+
+    def cost(prompt: int, completions: list[int]) -> int:
+        return prompt + sum(completions)
+
+    def cost_of(row: dict) -> int:
+        return cost(len(row["prompt_ids"]), [*map(len, row["completion_ids"])])
+
+    everyone = []
+    for rank in range(ranks):
+        batches = StreamBatches(groups, 8, cost, SimpleNamespace(process_index=rank, num_processes=ranks))
+        everyone.append(list(batches))
+        assert json.dumps(list(batches)) == json.dumps(everyone[-1]), "another epoch is the same"
+    found = []
+    for hands in zip(*everyone, strict=True):
+        batch = sorted((row for hand in hands for row in hand), key=lambda row: row["position"])
+        assert [row.pop("position") for row in batch] == list(range(len(batch)))
+        loads = [sum(map(cost_of, hand)) for hand in hands]
+        assert len(batch) < ranks or max(loads) < 1.5 * min(loads)
+        found.append(batch)
+    assert list(map(len, found)) == [8, 8, 1]
+    assert json.dumps(sum(found, [])) == json.dumps(list(groups))
+
+
+class Calls:
+    """A reference that says on how many rows it ran at a time."""
+
+    def __init__(self) -> None:
+        self.rows = []
+
+    def share_rows(self) -> None:
+        pass
+
+    def with_logps_of_rows(self, rows: list[dict]) -> list[dict]:
+        self.rows.append(len(rows))
+        return [{**row, "ref_logps": [float(len(ids)) for ids in row["completion_ids"]]} for row in rows]
+
+
+def test_the_reference_runs_on_about_64_own_rows_at_a_time():
+    groups = prepare_stream(as_stream(pairs(150)), tiny_tokenizer(), max_length=64)
+    reference, rank = Calls(), SimpleNamespace(process_index=1, num_processes=2)
+    batches = list(StreamBatches(groups, 6, lambda prompt, completions: 1, rank, reference))
+    assert reference.rows == [63, 12] and [len(batch) for batch in batches] == [3] * 25
+    lengths = [([*map(len, row["completion_ids"])], row["ref_logps"]) for batch in batches for row in batch]
+    assert all(counts == logps for counts, logps in lengths)
+
+
+def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
+    """In its first epoch of three batches; then comes another."""
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, as_stream(pairs(10)), **options)
+    expected = trained(whole)
+    resumed = make_trainer(tmp_path, as_stream(pairs(10)), **options)
+    assert_same_weights(trained(resumed, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")), expected, 0.0)
+    assert resumed.reference.store.computed == 0
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_what_the_reference_is_not_there_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_num_workers=2: .* set it to 0"):
+        make_trainer(tmp_path, as_stream(pairs(8)), dataloader_num_workers=2)
+    make_trainer(tmp_path, as_stream(pairs(8)), dataloader_num_workers=1, loss_type="simpo").train()
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with pytest.raises(ValueError, match="eval_dataset 'eval' .*rows of a stream.* is not kept"):
+        trainer.evaluate(as_stream(pairs(4, seed=3)))
 
 
 def test_what_depends_on_all_rows_is_refused(tmp_path):

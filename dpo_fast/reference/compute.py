@@ -312,7 +312,7 @@ def reference_column(keys: CompletionKeys, store: ReferenceStore, column: Column
     if not found.all():
         raise ValueError(
             f"store: {store.folder} lacks {int((~found).sum())} of {len(found)} reference log-probs; run the reference "
-            "pass on this dataset, all of its shards, to the end"
+            "pass on this dataset, all of its shards, to the end, and let all machines see its reference_cache_dir"
         )
     if column == "ref_logps":
         values = pa.array(logps, pa.float32())

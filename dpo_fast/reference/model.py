@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -26,14 +27,14 @@ from torch.distributed.tensor import DTensor
 
 from dpo_fast.cache_dir import cache_dir
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
+from dpo_fast.models import dtype_of_engine, weights_in
 from dpo_fast.ranks import empty_pack
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
 from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
-from dpo_fast.reference.keys import CompletionKeys
+from dpo_fast.reference.keys import COLUMNS, CompletionKeys
 from dpo_fast.reference.store import ReferenceStore
-from dpo_fast.streaming import add_reference_to_stream
 from dpo_fast_kernels import attention_backend
 
 logger = logging.getLogger(__name__)
@@ -132,13 +133,16 @@ class Reference:
             if self._layout == "shared"
             else self.model.config._attn_implementation
         )
-        return reference_description(
+        description = reference_description(
             self.model,
             adapters=self._adapters,
             dtype=self._dtype,
             attention=f"{self._layout}/{backend}",
             weights=self._fingerprint(self.model, self._adapters),
         )
+        if (dtype := dtype_of_engine(self._accelerator)) is not None:
+            description["weights_dtype"] = str(dtype).removeprefix("torch.")
+        return description
 
     def score(self, packed: PackedBatch) -> Tensor:
         """Token log-probs of a packed batch on the host, fp32 [N]."""
@@ -150,7 +154,9 @@ class Reference:
         was_training = self.model.training
         self.model.eval()
         off = contextlib.nullcontext() if self._adapters else self.model.disable_adapter()
-        with off, self._weights(), torch.no_grad(), self._accelerator.autocast():
+        dtype = dtype_of_engine(self._accelerator)
+        cast = contextlib.nullcontext() if dtype is None else weights_in(self.model, dtype)
+        with off, self._weights(), cast, torch.no_grad(), self._accelerator.autocast():
             logps = self.model(packed=packed.to(self._accelerator.device, non_blocking=True)).token_logps
         self.model.train(was_training)
         return logps
@@ -176,9 +182,13 @@ class Reference:
         keys, run = CompletionKeys.of_dataset(dataset), self._pass()
         run.over(dataset, keys, name)
         self._check(run.report.known)
+        self._wait_for_others()
+        return keys
+
+    def _wait_for_others(self) -> None:
+        """Runs with the ranks that still have batches, where that takes all ranks."""
         while self.model is not None and self._sharded and self._any_rank_has(False):
             self._run(empty_pack(self._layout))
-        return keys
 
     def with_logps(self, dataset: Dataset, name: str = "train") -> Dataset:
         """Adds reference log-probs to a dataset; those that the store lacks are computed, by all processes together.
@@ -198,28 +208,70 @@ class Reference:
         """Adds reference log-probs that the store has.
 
         Raises:
-            ValueError: it lacks some.
+            ValueError: it lacks some, or the dataset is a stream.
         """
+        if isinstance(dataset, IterableDataset):
+            raise ValueError("dataset: the rows of a stream are not known yet; give a dataset")
         return self._with_stored(dataset, CompletionKeys.of_dataset(dataset))
 
     def _with_stored(self, dataset: Dataset, keys: CompletionKeys) -> Dataset:
         self.store.refresh()
         return with_reference_logps(dataset, keys, self.store, self.column)
 
-    def with_logps_of_stream(self, dataset: IterableDataset) -> IterableDataset:
-        """Adds reference log-probs to the rows of a stream as they come; every new one is in the store from then on."""
-        run = self._pass(Shard())
+    def expect_rows(self, workers: int = 0) -> None:
+        """Opens the store for rows of a stream; before training, which may change the model that the store is named
+        after.
 
-        def reference(rows: pa.Table) -> pa.ListArray:
-            keys = CompletionKeys.of_table(rows)
-            run.run(rows, keys)
+        Args:
+            workers: of the loader that reads the stream.
+
+        Raises:
+            ValueError: rows would come in processes that do not have the model.
+        """
+        if workers:
+            raise ValueError(
+                f"dataloader_num_workers={workers}: references of a stream are computed as its rows come, by the "
+                "process that has the model; set it to 0"
+            )
+        self._row_pass  # noqa: B018
+
+    @functools.cached_property
+    def _row_pass(self) -> ReferencePass:
+        return self._pass(Shard())
+
+    def with_logps_of_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Adds reference log-probs to some groups; what the store lacks is computed, and in it from then on.
+
+        All processes call it equally often, each with rows of its own, or with none.
+        """
+        run, logps = self._row_pass, []
+        if rows:
+            table = pa.table({name: [row[name] for row in rows] for name in COLUMNS if name in rows[0]})
+            keys = CompletionKeys.of_table(table)
+            run.run(table, keys)
             self._check(run.report.known)
-            return reference_column(keys, self.store, self.column)
+            logps = reference_column(keys, self.store, self.column).to_pylist()
+        self._wait_for_others()
+        return [{**row, self.column: values} for row, values in zip(rows, logps, strict=True)]
 
-        return add_reference_to_stream(dataset, self.column, reference)
+    def share_rows(self) -> None:
+        """Writes what `with_logps_of_rows` has computed, and picks up what it has in other processes; all call it."""
+        if self._accelerator.num_processes > 1:
+            self.store.close()
+            self._accelerator.wait_for_everyone()
+            self.store.refresh()
 
     def keep(self) -> None:
-        """Makes the reference independent of a policy that is about to be trained: by a copy of the whole model."""
+        """Makes the reference independent of a policy that is about to be trained: by a copy of the whole model.
+
+        Raises:
+            ValueError: the model is in ZeRO-3's shards, which no copy keeps together.
+        """
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise ValueError(
+                "train_dataset: a stream keeps a copy of the untrained model as its reference, and of ZeRO-3's shards "
+                "there is no copy; train an adapter (peft_config), give the rows as a dataset, or take FSDP2 or ZeRO-2"
+            )
         logger.warning(
             "the reference of a stream stays in memory beside the model; an adapter (peft_config) needs no copy"
         )
