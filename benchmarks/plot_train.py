@@ -92,7 +92,9 @@ def _label(settings: Mapping[str, Any]) -> str:
     rows = Path(settings["synthetic"] or settings["dataset"]).stem
     batch = f"best, {settings['global_batch']} a step" if settings["best"] else f"batch {settings['batch_size']}"
     completions = f", {settings['group_size']} completions" if settings["group_size"] > 2 else ""
-    return f"{rows}, {batch}{completions}, {'LoRA' if settings['lora'] else 'all weights'}"
+    recomputing = ", checkpointing" if settings["checkpointing"] and not settings["best"] else ""
+    weights = "LoRA" if settings["lora"] else "all weights"
+    return f"{rows}, {settings['precision']}, {batch}{recomputing}{completions}, {weights}"
 
 
 def growth(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

@@ -259,8 +259,9 @@ def _train_parser() -> argparse.ArgumentParser:
         if action.dest == "max_length":
             action.type = _length
     for option in fields(TrainingArguments):
-        # Flags that turn off what transformers has on by default keep working where it is off by default here.
-        if option.default is True and f"--no_{option.name}" not in parser._option_string_actions:
+        # Flags that turn off what transformers, or TRL, has on by default keep working where it is not so here.
+        is_on = option.default is True or option.name == "gradient_checkpointing"
+        if is_on and f"--no_{option.name}" not in parser._option_string_actions:
             parser.add_argument(
                 f"--no_{option.name}",
                 f"--no-{option.name.replace('_', '-')}",

@@ -20,6 +20,8 @@ TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
 CoupleChoice = Literal["step", "micro_batch"]
 
+_CPU_TOKENS = 2048  # of a pack: more are no faster, and take twice the memory
+
 
 @dataclass
 class DPOConfig(TrainingArguments):
@@ -47,9 +49,12 @@ class DPOConfig(TrainingArguments):
             "divergence, and its check makes the host wait for the device in every step."
         },
     )
-    gradient_checkpointing: bool = field(
-        default=True,
-        metadata={"help": "Recompute activations in the backward pass: less memory, about a fifth more time."},
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass: less memory, about a fifth more time. Unset, it is on "
+            "where those of the largest micro-batch do not fit, for streams, and under FSDP and DeepSpeed."
+        },
     )
     bf16: bool | None = field(
         default=None,
@@ -231,7 +236,8 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Bound on the packed tokens of one forward and backward pass. A step's groups are split under it; "
-            "the gradients stay those of the whole batch."
+            "the gradients stay those of the whole batch. Unset, it is 2048 on a CPU, where longer packs are no "
+            "faster, but for losses that couple packs; a GPU has none."
         },
     )
     log_completion_statistics: bool = field(
@@ -249,11 +255,18 @@ class DPOConfig(TrainingArguments):
         self.remove_unused_columns = False
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _gpu_supports_bf16()
+        wanted = self.gradient_checkpointing, getattr(self, "activation_checkpointing", None)
+        self.recompute_where_needed = wanted == (None, None)  # then the trainer decides
+        if self.recompute_where_needed and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # as transformers where activations are recomputed
         # transformers renamed the field and warns about the old name; 5.17 knows only the old one.
         if getattr(self, "activation_checkpointing", True) is None:
-            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
         super().__post_init__()
         self._check_parallelism()
+        coupled = set(self.loss_mix) & set(COUPLED)  # whose packs cost another forward pass when there are several
+        if self.max_tokens_per_micro_batch is None and self.device.type == "cpu" and not coupled:
+            self.max_tokens_per_micro_batch = _CPU_TOKENS
         if isinstance(self.model_init_kwargs, str):
             raise ValueError(
                 f"model_init_kwargs={self.model_init_kwargs!r} is not a mapping; on the command line give a JSON "

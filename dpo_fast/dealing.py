@@ -12,7 +12,7 @@ P parameters of the body, H hidden, L layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -58,23 +58,29 @@ class GroupCost:
     def __call__(self, prompt: int, completions: Sequence[int]) -> int:
         """Returns the cost of a group from the tokens of its prompt and of its completions."""
         if self.layout == "shared":
-            tokens = prompt + sum(completions)
             pairs = _own_past(prompt) + sum(prompt * length + _own_past(length) for length in completions)
         else:
-            width = prompt + max(completions)
-            tokens, pairs = width * len(completions), _own_past(width) * len(completions)
-        linear = self.parameters * tokens + self.hidden_size * self.vocab_size * sum(completions)
-        return 2 * linear + 4 * self.hidden_size * self.num_layers * pairs
+            pairs = _own_past(prompt + max(completions)) * len(completions)
+        body = self.parameters * self.tokens(prompt, completions)
+        head = self.hidden_size * self.vocab_size * sum(completions)
+        return 2 * (body + head) + 4 * self.hidden_size * self.num_layers * pairs
 
     def of_dataset(self, dataset: Dataset) -> list[int]:
         """Returns the costs of all groups of a tokenised dataset."""
-        costs = []
-        for table in windows(dataset):
-            lengths = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
-            counts = pc.list_value_length(table["completion_ids"]).to_pylist()
-            for prompt, count in zip(pc.list_value_length(table["prompt_ids"]).to_pylist(), counts, strict=True):
-                costs.append(self(prompt, list(islice(lengths, count))))
-        return costs
+        return [self(prompt, completions) for prompt, completions in group_lengths(dataset)]
+
+    def tokens(self, prompt: int, completions: Sequence[int]) -> int:
+        """Returns the token positions of a group."""
+        return prompt + sum(completions) if self.layout == "shared" else (prompt + max(completions)) * len(completions)
+
+
+def group_lengths(dataset: Dataset) -> Iterator[tuple[int, list[int]]]:
+    """Yields the tokens of the prompt and of the completions of every group of a tokenised dataset."""
+    for table in windows(dataset):
+        lengths = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
+        counts = pc.list_value_length(table["completion_ids"]).to_pylist()
+        for prompt, count in zip(pc.list_value_length(table["prompt_ids"]).to_pylist(), counts, strict=True):
+            yield prompt, list(islice(lengths, count))
 
 
 def _own_past(length: int) -> int:

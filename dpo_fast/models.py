@@ -99,9 +99,14 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
                 "merge it first (model.merge_and_unload())"
             )
         model = get_peft_model(model, peft_config)
+    let_recompute(model, args)
+    return model
+
+
+def let_recompute(model: nn.Module, args: DPOConfig) -> None:
+    """Gives the layers below an adapter a gradient to pass on, which some kinds of checkpointing need."""
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         model.enable_input_require_grads()
-    return model
 
 
 def prepare_forward(base: PreTrainedModel, layout: str) -> Layout:

@@ -5,7 +5,8 @@ Also refuses what the data bring and the loss cannot use.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -69,3 +70,10 @@ def _check_weights(losses: Collection[str], dataset: Dataset, name: str) -> None
                 "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
                 f"these losses out of loss_type={list(losses)}"
             )
+
+
+def map_datasets(datasets: Any, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]):
+    """Applies `function` to a dataset and its name, or to every one of a dict; None stays None."""
+    if isinstance(datasets, dict):
+        return {name: function(dataset, name) for name, dataset in datasets.items()}
+    return None if datasets is None else function(datasets, "eval")

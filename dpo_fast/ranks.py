@@ -78,9 +78,10 @@ def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> di
     return {**batch, "host_totals": batch["totals"].tolist()}
 
 
-def empty_pack(layout: Layout, pad_token_id: int = 0, cut: bool = False) -> PackedBatch:
-    """A pack that runs through the whole model and adds nothing: a token after a token, in no comparison."""
-    group = PreferenceGroup([pad_token_id], [[pad_token_id]], (), (), ref_logps=[0.0], ref_token_logps=[[0.0]])
+def empty_pack(layout: Layout, pad_token_id: int = 0, cut: bool = False, length: int = 1) -> PackedBatch:
+    """A pack that runs through the whole model and adds nothing: `length` tokens after as many, in no comparison."""
+    ids, logps = [pad_token_id] * length, [0.0] * length
+    group = PreferenceGroup(ids, [ids], (), (), ref_logps=[0.0], ref_token_logps=[logps])
     return dataclasses.replace(pack([group], layout, pad_token_id, cut), num_tokens=0)
 
 

@@ -33,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from dpo_fast.activations import activations_fit, largest_pack
 from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
@@ -40,7 +41,7 @@ from dpo_fast.compilation import compile_layers
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary
-from dpo_fast.dealing import GroupCost
+from dpo_fast.dealing import GroupCost, group_lengths
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
@@ -51,6 +52,7 @@ from dpo_fast.models import (
     aux_loss_weight,
     disable_dropout,
     keep_numbers_exact,
+    let_recompute,
     load_model,
     prepare_forward,
     prepare_peft,
@@ -58,7 +60,7 @@ from dpo_fast.models import (
     vocabulary_size,
 )
 from dpo_fast.objective import Objective
-from dpo_fast.preparation import prepare_preferences
+from dpo_fast.preparation import map_datasets, prepare_preferences
 from dpo_fast.ranks import empty_pack, level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
@@ -140,7 +142,7 @@ class DPOTrainer(Trainer):
         self._tokenizer, self._config = processing_class, args
         self._vocab_size = vocabulary_size(model)
         train_dataset = self._tokenized(train_dataset, "train")
-        eval_dataset = _map_datasets(eval_dataset, self._tokenized)
+        eval_dataset = map_datasets(eval_dataset, self._tokenized)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         self._streams = any(isinstance(dataset, IterableDataset) for dataset in datasets)
         if self._streams and args.accelerator_config.dispatch_batches is None:
@@ -200,7 +202,7 @@ class DPOTrainer(Trainer):
 
         self.reference = None if self._reference_free else self._make_reference(ref_model, fingerprint)
         self.train_dataset = self._with_reference(self.train_dataset, "train")
-        self.eval_dataset = _map_datasets(self.eval_dataset, self._with_reference)
+        self.eval_dataset = map_datasets(self.eval_dataset, self._with_reference)
         if self.reference is not None and self._streams and not self._new_adapter and not self._own_reference:
             self.reference.keep()
         elif self.reference is not None and self._own_reference and not self._streams:
@@ -259,10 +261,25 @@ class DPOTrainer(Trainer):
             check_checkpoint(self.accelerator.unwrap_model(self.model), folder, self.accelerator.num_processes)
             if self._running_margin is not None:
                 self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / STATE_FILE)))
+        if self.args.recompute_where_needed:
+            self.args.gradient_checkpointing = self.args.activation_checkpointing = self._must_recompute()
+            let_recompute(self.accelerator.unwrap_model(self.model), self.args)
         try:
             return super().train(folder, *args, **kwargs)
         finally:
             self._keep_references_of_streams()
+
+    def _must_recompute(self) -> bool:
+        """Whether activations of the largest pack do not fit, or an engine has yet to say what memory it leaves."""
+        if self.is_fsdp_enabled:
+            return not self.accelerator.state.fsdp_plugin.activation_checkpointing  # else FSDP does it itself
+        if self.is_deepspeed_enabled or isinstance(self.train_dataset, IterableDataset):
+            return True
+        tokens = (self._group_cost.tokens(*lengths) for lengths in group_lengths(self.train_dataset))
+        most = largest_pack(tokens, self._train_batch_size, self.layout, self.args.max_tokens_per_micro_batch)
+        packs = tuple(empty_pack(self.layout, length=length) for length in (64, 256))
+        self.model.train()
+        return not activations_fit(self.model, packs, most, self.compute_loss_context_manager())
 
     def _keep_references_of_streams(self) -> None:
         """Writes what the store has in memory alone: the last rows of a stream."""
@@ -282,8 +299,7 @@ class DPOTrainer(Trainer):
         return totals
 
     def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
-        """Totals and number of groups of `batches`, of all ranks, which then have equally many batches and packs; and
-        how evenly their tokens lay."""
+        """Totals and number of groups of `batches` on all ranks, which `level` brings into step; how even they are."""
         totals, groups, balance = level(batches, most, self._empty, self._host_group)
         return torch.as_tensor(totals, device=self.args.device), groups, balance
 
@@ -428,7 +444,7 @@ class DPOTrainer(Trainer):
                 that has been trained since. Pass the dataset to the constructor instead.
         """
         if isinstance(eval_dataset, Dataset | IterableDataset | dict):
-            eval_dataset = _map_datasets(eval_dataset, self._prepare_held_out)
+            eval_dataset = map_datasets(eval_dataset, self._prepare_held_out)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._keep_references_of_streams()
         return metrics
@@ -480,18 +496,5 @@ class DPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # trainer_state.json, which is next, says that all is written
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """6 FLOP a parameter and token, for transformers' log of the total."""
-        return 6 * self._num_parameters * sum(packed.num_tokens for packed in inputs["packs"])
-
-    @property
-    def _num_parameters(self) -> int:
-        if not hasattr(self, "_parameter_count"):
-            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
-        return self._parameter_count
-
-
-def _map_datasets(datasets: Any, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]):
-    """Applies `function` to a dataset and its name, or to every one of a dict; None stays None."""
-    if isinstance(datasets, dict):
-        return {name: function(dataset, name) for name, dataset in datasets.items()}
-    return None if datasets is None else function(datasets, "eval")
+        """6 FLOP a parameter of the body and token, for transformers' log of the total."""
+        return 6 * self._group_cost.parameters * sum(packed.num_tokens for packed in inputs["packs"])

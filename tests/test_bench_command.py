@@ -401,7 +401,7 @@ def test_trials_begin_with_the_heaviest_step(folder, capsys, measured):
     assert found == {"rows": [1, 2, 3, 4, 5, 6, 7, 8], "tried": [9, 10, 11, 12, 5, 6, 7, 8]}
     assert "ref_logps" not in measured["rows"][0], "everybody computes them"
     bounds = {trial["max_tokens_per_micro_batch"] for trial in result["settings"]["trials"]}
-    assert bounds == {None, 128} and result["measured"]["steps"] == 1
+    assert bounds == {2048, 128} and result["measured"]["steps"] == 1
 
 
 def test_no_time_is_told_of_what_computes_something_else(folder, capsys, monkeypatch, measured):

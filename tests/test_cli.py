@@ -237,6 +237,7 @@ def test_quantization_follows_the_flags(library, monkeypatch):
 @pytest.mark.parametrize("flags", [["--resume_from_checkpoint"], ["--resume_from_checkpoint", "True"]])
 def test_resume_true_takes_the_latest_checkpoint(library, tmp_path, flags):
     (tmp_path / "tiny-DPO" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "tiny-DPO" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     assert run(*flags) == 0
     assert ("train", True) in library.calls
 

@@ -13,6 +13,7 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.losses import LOSSES, SMOOTHED
 
 DIFFERENT_FROM_TRL = {
+    "gradient_checkpointing": None,  # where it is needed
     "logging_nan_inf_filter": False,  # its check waits for the device in every step
 }
 
@@ -168,3 +169,15 @@ def test_every_own_field_explains_itself():
             assert f"--{field.name}" in text and field.metadata["help"], field.name
     for name in ("padding_free", "precompute_ref_log_probs", "remove_unused_columns"):
         assert "without effect" in DPOConfig.__dataclass_fields__[name].metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 2048),
+        ({"max_tokens_per_micro_batch": 700}, 700),
+        ({"loss_type": ["sigmoid", "aot"], "loss_weights": [1.0, 0.5]}, None),  # several packs cost another pass
+    ],
+)
+def test_packs_are_bounded_on_a_cpu(tmp_path, options, tokens):
+    assert make(tmp_path, use_cpu=True, **options).max_tokens_per_micro_batch == tokens

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from dpo_fast import trainer as trainer_module
+from dpo_fast.reference.maintenance import export
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model
 from interpreting import environment
@@ -186,6 +188,22 @@ def assert_same(one: Path, other: Path, alone: int = 0) -> None:
         assert error <= 1e-4, f"{name} differs by {error:.1e} of its largest weight"
 
 
+def stored(folder: Path) -> dict[tuple, float]:
+    """What the only store in a folder has: the log-prob of every key."""
+    (store,) = (folder / "reference").iterdir()
+    export(store, folder / "rows.parquet")
+    table = pq.read_table(folder / "rows.parquet", columns=["key", "logp"])
+    return dict(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
+
+
+def assert_same_store(one: Path, other: Path) -> int:
+    """The same keys and, within 1e-6, log-probs; returns how many."""
+    known, others = stored(one), stored(other)
+    assert known.keys() == others.keys()
+    assert all(others[key] == pytest.approx(logp, abs=1e-6, rel=1e-6) for key, logp in known.items())
+    return len(known)
+
+
 def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     for name in names:
@@ -195,6 +213,7 @@ def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> 
     launch(ranks, f"on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, *{names})", **engine_environment(engine))
     for name in names:
         assert_same(tmp_path / "one" / name, tmp_path / "several" / name)
+        assert assert_same_store(tmp_path / "one" / name, tmp_path / "several" / name) > 0
 
 
 def test_two_ranks_under_ddp_train_what_one_process_trains(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,24 +138,22 @@ def test_a_checkpoint_on_disk_is_fingerprinted_once(tmp_path, monkeypatch):
     assert computed(tmp_path, model=tiny_model("llama")) == 0, "a loaded model is hashed, and is the same"
 
 
-def on_two_ranks(folder: str) -> None:
-    """Both processes compute a share, and both have all in the end."""
-    from pathlib import Path
-
+def on_ranks(folder: str, rows: int) -> None:
+    """Every process computes a share of `rows` completions, and all have all in the end."""
     trainer = make_trainer(Path(folder), pairs(40, seed=4))
     state = trainer.accelerator
     share = torch.tensor([trainer.reference.store.computed])
     counts = state.gather(share).tolist()
-    assert sum(counts) == 80 and min(counts) > 10, counts
+    assert sum(counts) == rows and min(counts) >= rows // 8, counts
     assert len(trainer.train_dataset["ref_logps"]) == 40
-    print(f"rank {state.process_index} computed its share")
+    print(f"rank {state.process_index} has its share")
     state.wait_for_everyone()
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_share_the_pass_and_one_finds_it_done(tmp_path):
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = f"import test_reference_reuse; test_reference_reuse.on_two_ranks({str(tmp_path)!r})"
+def start(ranks: int, folder: Path, rows: int) -> None:
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = f"import test_reference_reuse; test_reference_reuse.on_ranks({str(folder)!r}, {rows})"
     run = subprocess.run(
         [*program, "--no-python", sys.executable, "-c", command],
         env=environment(),
@@ -163,8 +162,18 @@ def test_two_ranks_share_the_pass_and_one_finds_it_done(tmp_path):
         timeout=180,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("computed its share") == 2
+    assert run.stdout.count("has its share") == ranks
+
+
+def test_two_ranks_share_the_pass_and_one_finds_it_done(tmp_path):
+    start(2, tmp_path, rows=80)
     assert computed(tmp_path, pairs(40, seed=4)) == 0
+
+
+@pytest.mark.slow  # four processes
+def test_four_ranks_find_what_one_has_computed(tmp_path):
+    assert computed(tmp_path, pairs(40, seed=4)) == 80
+    start(4, tmp_path, rows=0)
 
 
 def test_sums_that_the_rows_bring_do_not_do_for_ld_dpo(tmp_path):
