@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step, same settings")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, same settings")
     parser.add_argument("--compile", action="store_true", dest="compiled", help="torch.compile, on every side")
+    parser.add_argument("--max_tokens", type=int, help="of a pack of dpo_fast; default what it takes by itself")
     parser.add_argument("--best", action="store_true", help="best against best, instead of same settings")
     parser.add_argument("--global_batch", type=int, default=8, help="groups of a step, best against best")
     parser.add_argument("--group_size", type=int, default=2, help="completions of a prompt")
@@ -177,6 +178,7 @@ def _setting(options: argparse.Namespace, provider: str) -> Setting:
         precision=options.precision,
         lora=options.lora,
         max_length=options.max_length,
+        max_tokens=options.max_tokens,
         steps=options.steps,
         memory_gib=options.memory_gib,
     )
@@ -296,6 +298,7 @@ def _question(options: argparse.Namespace, is_demo: bool) -> str:
         *([f"x{options.accumulation}"] if options.accumulation > 1 and not options.best else []),
         *(["checkpointing"] if options.checkpointing and not options.best else []),
         *(["compiled"] if options.compiled else []),
+        *([f"packs{options.max_tokens}"] if options.max_tokens else []),
         *([f"k{options.group_size}"] if options.group_size > 2 else []),
         *([f"vs-{'-'.join(options.against)}"] if options.against else []),
     ]

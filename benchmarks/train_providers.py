@@ -130,7 +130,11 @@ def _dpo_fast(setting: Setting, folder: str, output: str) -> Train:
 
     trainer = DPOTrainer(
         _model(setting),
-        args=DPOConfig(**_arguments(setting, output), reference_cache_dir=f"{folder}/dpo_fast"),
+        args=DPOConfig(
+            **_arguments(setting, output),
+            max_tokens_per_micro_batch=setting.max_tokens,
+            reference_cache_dir=f"{folder}/dpo_fast",
+        ),
         train_dataset=_rows(setting, folder, "groups"),
         processing_class=_tokenizer(),
         peft_config=_lora(setting),

@@ -21,6 +21,7 @@ class Setting:
         precision: fp32, or bf16 for autocast; frozen weights (LoRA) are bf16 then.
         lora: train a rank-16 adapter of all linear layers.
         max_length: tokens that rows were cut to.
+        max_tokens: of a pack of dpo_fast; None for what it takes by itself.
         steps: timed optimizer steps; one before them warms up.
         watched: whether one more step is watched for host syncs and time by part.
         memory_gib: what the process may allocate; None for what is free.
@@ -36,6 +37,7 @@ class Setting:
     precision: str = "fp32"
     lora: bool = False
     max_length: int = 1024
+    max_tokens: int | None = None
     steps: int = 6
     watched: bool = True
     memory_gib: float | None = None

@@ -78,11 +78,14 @@ def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> di
     return {**batch, "host_totals": batch["totals"].tolist()}
 
 
-def empty_pack(layout: Layout, pad_token_id: int = 0, cut: bool = False, length: int = 1) -> PackedBatch:
-    """A pack that runs through the whole model and adds nothing: `length` tokens after as many, in no comparison."""
+def empty_pack(
+    layout: Layout, pad_token_id: int = 0, cut: bool = False, groups: int = 1, length: int = 1
+) -> PackedBatch:
+    """A pack that runs through the whole model and adds nothing: groups of `length` tokens after as many, in no
+    comparison."""
     ids, logps = [pad_token_id] * length, [0.0] * length
     group = PreferenceGroup(ids, [ids], (), (), ref_logps=[0.0], ref_token_logps=[logps])
-    return dataclasses.replace(pack([group], layout, pad_token_id, cut), num_tokens=0)
+    return dataclasses.replace(pack([group] * groups, layout, pad_token_id, cut), num_tokens=0)
 
 
 def level(

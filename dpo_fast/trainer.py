@@ -277,7 +277,7 @@ class DPOTrainer(Trainer):
             return True
         tokens = (self._group_cost.tokens(*lengths) for lengths in group_lengths(self.train_dataset))
         most = largest_pack(tokens, self._train_batch_size, self.layout, self.args.max_tokens_per_micro_batch)
-        packs = tuple(empty_pack(self.layout, length=length) for length in (64, 256))
+        packs = tuple(empty_pack(self.layout, groups=groups, length=32) for groups in (1, 4))
         self.model.train()
         return not activations_fit(self.model, packs, most, self.compute_loss_context_manager())
 
