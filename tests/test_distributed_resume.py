@@ -129,6 +129,7 @@ def _train_on_a_rank(folder: Path, rank: int, port: int, steps: int, resume: boo
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         (folder / "losses.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of libraries, which the fork left without their owners, may wait for ever at an ordinary end
 
 
 def _start(folder: Path, steps: int, resume: bool) -> list[BaseProcess]:
