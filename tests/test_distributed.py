@@ -120,6 +120,13 @@ ENGINES = {
 }
 
 
+def leave() -> None:
+    """Ends the process group. Gloo's threads take Python's lock to let go of tensors, and would never get it from a
+    process that holds it while it waits for their end; while it waits for other ranks, they get it."""
+    PartialState().wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
 def on_a_rank(engine: str, folder: str, *names: str, **options) -> None:
     shard_on_cpus()
     for name in names:
@@ -127,7 +134,7 @@ def on_a_rank(engine: str, folder: str, *names: str, **options) -> None:
         trainer = run(name, Path(folder) / name, int(os.environ["WORLD_SIZE"]), **options)
         assert trainer.accelerator.distributed_type == ENGINES[engine]
         assert engine != "fsdp2" or all(isinstance(p, DTensor) for p in trainer.model.parameters())
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them at work
+    leave()
 
 
 def engine_file(engine: str) -> Path:
@@ -267,7 +274,7 @@ def count_on_a_rank(engine: str, folder: str, steps: int) -> None:
     with counter:
         trainer.train()
     print(json.dumps({"steps": counter.steps, "packs": packs}))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def check_collectives(tmp_path: Path, engine: str, steps: int) -> None:

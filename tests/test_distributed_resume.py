@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from dpo_fast.checkpoints import find_checkpoint
 from families import tiny_model
 from interpreting import environment
-from test_distributed import assert_same, engine_environment, engine_file, launch, make, run
+from test_distributed import assert_same, engine_environment, engine_file, launch, leave, make, run
 from test_trainer import make_trainer
 
 SAVE = {"save_strategy": "steps", "save_steps": 5}
@@ -128,7 +128,7 @@ def _train_on_a_rank(folder: Path, rank: int, port: int, steps: int, resume: boo
         save_file({name: p.detach().clone() for name, p in trainer.model.named_parameters()}, folder / "trained")
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         (folder / "losses.json").write_text(json.dumps(losses))
-    torch.distributed.destroy_process_group()
+    leave()
     os._exit(0)  # threads of libraries, which the fork left without their owners, may wait for ever at an ordinary end
 
 

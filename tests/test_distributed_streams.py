@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from dpo_fast import streaming
@@ -25,6 +24,7 @@ from test_distributed import (
     assert_same_store,
     engine_environment,
     launch,
+    leave,
     rows,
     shard_on_cpus,
 )
@@ -88,7 +88,7 @@ def on_a_rank(engine: str, folder: str, *names: str) -> None:
         (Path(folder) / name).mkdir(exist_ok=True)
         trainer = run(name, Path(folder) / name, int(os.environ["WORLD_SIZE"]))
         assert trainer.accelerator.distributed_type == ENGINES[engine]
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them at work
+    leave()
 
 
 def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> None:
@@ -123,7 +123,7 @@ def refused_on_a_rank(folder: str) -> None:
     shard_on_cpus()
     with pytest.raises(ValueError, match="train_dataset: a stream keeps a copy .* ZeRO-3's shards .* train an adapter"):
         make("groups", Path(folder) / "groups", 2)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow
