@@ -40,6 +40,12 @@ QUICK = ["adapter"]
 OF_STREAM = sum(len(row["completions"]) for row in rows(17))
 
 
+@pytest.fixture(autouse=True)
+def rows_ahead(monkeypatch):
+    """Puts back what `make` sets in the process that it runs in."""
+    monkeypatch.setattr(streaming, "ROWS_AHEAD", streaming.ROWS_AHEAD)
+
+
 def make(name: str, folder: Path, ranks: int, **more) -> DPOTrainer:
     streaming.ROWS_AHEAD = GROUPS // 2
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 10, "use_cpu": USE_CPU, **RUNS[name], **more}
