@@ -20,7 +20,7 @@ TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
 CoupleChoice = Literal["step", "micro_batch"]
 
-_CPU_TOKENS = 2048  # of a pack: more are no faster, and take twice the memory
+_CPU_TOKENS = 2048  # of a pack: more are hardly faster, and take twice the memory
 
 
 @dataclass
@@ -236,8 +236,8 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Bound on the packed tokens of one forward and backward pass. A step's groups are split under it; "
-            "the gradients stay those of the whole batch. Unset, it is 2048 on a CPU, where longer packs are no "
-            "faster, but for losses that couple packs; a GPU has none."
+            "the gradients stay those of the whole batch. Unset, it is 2048 on a CPU, where longer packs are "
+            "hardly faster, but for losses that couple packs; a GPU has none."
         },
     )
     log_completion_statistics: bool = field(
@@ -290,7 +290,7 @@ class DPOConfig(TrainingArguments):
             if size > 1:
                 raise ValueError(
                     f"{name}={size} would cut sequences across GPUs, and completions share the keys of a prompt across "
-                    "the cut; leave it at 1. For long sequences bound max_tokens_per_micro_batch, keep "
+                    "the cut; leave it at 1. For long sequences bound max_tokens_per_micro_batch, turn "
                     "gradient_checkpointing on and shard the model with FSDP2 or ZeRO-3, offloaded if need be."
                 )
 

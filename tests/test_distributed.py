@@ -8,10 +8,12 @@ an epoch leaves ranks without a group.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -203,24 +205,32 @@ def stored(folder: Path) -> dict[tuple, float]:
     return dict(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
 
 
-def assert_same_store(one: Path, other: Path) -> int:
-    """The same keys and, within 1e-6, log-probs; returns how many."""
+def assert_same_store(one: Path, other: Path) -> None:
+    """The same keys and, within 1e-6, log-probs."""
     known, others = stored(one), stored(other)
-    assert known.keys() == others.keys()
+    assert known.keys() == others.keys() and known
     assert all(others[key] == pytest.approx(logp, abs=1e-6, rel=1e-6) for key, logp in known.items())
-    return len(known)
 
 
-def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> None:
+def check(
+    tmp_path: Path,
+    ranks: int,
+    names: list[str],
+    engine: str = "ddp",
+    run: Callable[[str, Path, int], DPOTrainer] = run,
+    module: str = "test_distributed",
+) -> None:
+    """Holds runs on several ranks, by `on_a_rank` of `module`, to those of one process, by its `run`."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
     for name in names:
         (tmp_path / "one" / name).mkdir(parents=True)
         run(name, tmp_path / "one" / name, 1)
     (tmp_path / "several").mkdir()
-    launch(ranks, f"on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, *{names})", **engine_environment(engine))
+    call = f"__import__({module!r}).on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, *{names})"
+    launch(ranks, f"__name__ and {call}", **engine_environment(engine))
     for name in names:
         assert_same(tmp_path / "one" / name, tmp_path / "several" / name)
-        assert assert_same_store(tmp_path / "one" / name, tmp_path / "several" / name) > 0
+        assert_same_store(tmp_path / "one" / name, tmp_path / "several" / name)
 
 
 def test_two_ranks_under_ddp_train_what_one_process_trains(tmp_path):
@@ -234,6 +244,27 @@ def test_ranks_under_an_engine_train_what_one_process_trains(tmp_path, engine, r
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     check(tmp_path, ranks, list(RUNS), engine)
+
+
+def first_loss_on_a_rank(folder: str) -> None:
+    shard_on_cpus()
+    trainer = make("groups", Path(folder), 2, bf16=True, max_steps=1)
+    trainer.train()
+    assert next(trainer.model.parameters()).dtype == torch.float32, "of which the engine makes bf16 ones"
+    if trainer.accelerator.is_main_process:
+        (Path(folder) / "loss").write_text(str(trainer.state.log_history[0]["loss"]))
+    leave()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_reference_of_an_engine_in_bf16_runs_in_its_arithmetic(tmp_path, engine):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    folder = tmp_path / "several" / "bf16"
+    folder.mkdir(parents=True)
+    variables = engine_environment(engine) | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    launch(2, f"first_loss_on_a_rank({str(folder)!r})", **variables)
+    assert float((folder / "loss").read_text()) == pytest.approx(math.log(2), abs=1e-5)
 
 
 class CountCollectives(TorchDispatchMode):

@@ -13,21 +13,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+import test_distributed
 from dpo_fast import streaming
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model
-from test_distributed import (
-    ENGINES,
-    GROUPS,
-    USE_CPU,
-    assert_same,
-    assert_same_store,
-    engine_environment,
-    launch,
-    leave,
-    rows,
-    shard_on_cpus,
-)
+from test_distributed import ENGINES, GROUPS, USE_CPU, engine_environment, launch, leave, rows, shard_on_cpus
 from test_trainer import make_trainer
 
 RUNS = {
@@ -98,18 +88,11 @@ def on_a_rank(engine: str, folder: str, *names: str) -> None:
 
 
 def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
+    """Also that a row's reference runs on one rank alone, and on every rank."""
+    test_distributed.check(tmp_path, ranks, names, engine, run, "test_distributed_streams")
     for name in names:
-        (tmp_path / "one" / name).mkdir(parents=True)
-        run(name, tmp_path / "one" / name, 1)
-    (tmp_path / "several").mkdir()
-    call = f"__import__('test_distributed_streams').on_a_rank({engine!r}, {str(tmp_path / 'several')!r}, *{names})"
-    launch(ranks, f"__name__ and {call}", **engine_environment(engine))
-    for name in names:
-        assert_same(tmp_path / "one" / name, tmp_path / "several" / name)
         counts = [int(file.read_text()) for file in (tmp_path / "several" / name).glob("computed-*")]
         assert len(counts) == ranks and sum(counts) == OF_STREAM and min(counts) > 0
-        assert assert_same_store(tmp_path / "one" / name, tmp_path / "several" / name) > OF_STREAM
 
 
 def test_two_ranks_train_on_a_stream_what_one_process_trains(tmp_path):
