@@ -28,10 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from dpo_fast import cli
 from dpo_fast import trainer as trainer_module
-from dpo_fast.reference.maintenance import export
+from dpo_fast.reference.maintenance import export, info
 from dpo_fast.trainer import DPOTrainer
-from families import tiny_model
+from families import tiny_model, tiny_tokenizer
 from interpreting import environment
 from test_trainer import make_trainer, pairs, ranked
 
@@ -265,6 +266,29 @@ def test_the_reference_of_an_engine_in_bf16_runs_in_its_arithmetic(tmp_path, eng
     variables = engine_environment(engine) | {"ACCELERATE_MIXED_PRECISION": "bf16"}
     launch(2, f"first_loss_on_a_rank({str(folder)!r})", **variables)
     assert float((folder / "loss").read_text()) == pytest.approx(math.log(2), abs=1e-5)
+
+
+def fill_then_find_on_a_rank(*flags: str) -> None:
+    shard_on_cpus()
+    assert cli.main(["cache", *flags]) == 0
+    trainer = cli.prepare([*flags, "--output_dir", f"{flags[-1]}-out"])
+    assert trainer.reference.store.computed == 0
+    if trainer.accelerator.is_main_process:
+        assert len(info(trainer.args.reference_cache_dir)) == 1
+    leave()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_training_under_an_engine_finds_what_the_cache_command_computed_under_it(tmp_path, engine):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    pairs(20).to_json(tmp_path / "rows.jsonl")
+    flags = ["--use_cpu", "--bf16"]
+    for name, path in (("model", "model"), ("dataset", "rows.jsonl"), ("reference_cache_dir", "reference")):
+        flags += [f"--{name}", str(tmp_path / path)]
+    variables = engine_environment(engine) | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    launch(2, f"fill_then_find_on_a_rank(*{flags!r})", **variables)
 
 
 class CountCollectives(TorchDispatchMode):
