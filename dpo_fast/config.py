@@ -293,6 +293,12 @@ class DPOConfig(TrainingArguments):
                     "the cut; leave it at 1. For long sequences bound max_tokens_per_micro_batch, turn "
                     "gradient_checkpointing on and shard the model with FSDP2 or ZeRO-3, offloaded if need be."
                 )
+        for name in ("dispatch_batches", "split_batches"):
+            if self.world_size > 1 and getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config.{name}=True would cut batches by rows, and groups are dealt to ranks by their "
+                    "cost; leave it out. per_device_train_batch_size times the number of ranks is the whole batch."
+                )
 
     def _parallel_sizes(self) -> dict[str, int]:
         """Ranks that a model or a sequence is shared out among, by the setting that says so."""

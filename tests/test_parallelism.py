@@ -184,6 +184,15 @@ def test_that_of_deepspeed_is_refused_too(tmp_path, given):
         args._check_parallelism()
 
 
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_rows_that_accelerate_would_share_out_are_refused(tmp_path, monkeypatch, name):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "accelerator_config": {name: True}}
+    assert getattr(DPOConfig(**options).accelerator_config, name)
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=f"accelerator_config.{name}=True.*leave it out"):
+        DPOConfig(**options)
+
+
 def test_parallelism_over_rows_is_not_refused(tmp_path, monkeypatch):
     sharded = ParallelismConfig(dp_shard_size=2)
     assert DPOConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=sharded).parallelism_config == sharded
