@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -84,16 +85,18 @@ def _ends_too_early(file: Path) -> bool:
         return opened.read(2) in (b"", b"PK") and not zipfile.is_zipfile(opened)  # torch.save writes zip archives
 
 
-def check_checkpoint(model: nn.Module, folder: str, ranks: int = 1) -> None:
+def check_checkpoint(model: nn.Module, folder: str, accelerator: Accelerator) -> None:
     """Compares names and shapes of the weights in `folder` with those of `model`; reads headers only.
 
     Sharded checkpoints of an engine, which hold no safetensors file, are left to the engine.
 
     Raises:
         ValueError: a weight is unknown to the model or has another shape, or the checkpoint is an adapter and the model
-            has none, or the other way round, or ZeRO cut it for another number of ranks.
+            has none, or the other way round, or ZeRO cut it for another number of ranks, or for DeepSpeed and there is
+            none.
     """
-    _check_ranks(folder, ranks)
+    model = accelerator.unwrap_model(model)
+    _check_zero(folder, accelerator)
     adapter, files = Path(folder, "adapter_model.safetensors"), sorted(Path(folder).glob("model*.safetensors"))
     if hasattr(model, "peft_config") and files and not adapter.exists():
         raise ValueError(f"checkpoint {folder!r} holds a whole model, but an adapter is trained: leave out peft_config")
@@ -122,15 +125,18 @@ def _saved_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
                 yield name, tensors.get_slice(name).get_shape()
 
 
-def _check_ranks(folder: str, ranks: int) -> None:
-    """ZeRO goes on only with as many ranks as its checkpoint was cut for, unless DeepSpeed's tool made it universal."""
-    if Path(folder, "latest_universal").exists():
-        return
+def _check_zero(folder: str, accelerator: Accelerator) -> None:
+    """ZeRO's parts are for DeepSpeed alone, and for as many ranks, unless its own tool made them universal."""
     parts = (_ZERO_PART.search(file.name) for file in Path(folder).glob("global_step*/*"))
-    saved = max((int(part[1]) + 1 for part in parts if part), default=ranks)
-    if saved != ranks:
+    saved, ranks = max((int(part[1]) + 1 for part in parts if part), default=0), accelerator.num_processes
+    anew = f"begin a new run with model={folder!r} and ref_model the model that this run began with"
+    if saved and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} holds what only DeepSpeed's ZeRO can read, and this run is without; "
+            f"resume with the configuration of accelerate that it was saved under, or {anew}"
+        )
+    if saved not in (0, ranks) and not Path(folder, "latest_universal").exists():
         raise ValueError(
             f"resume_from_checkpoint={folder!r} holds what DeepSpeed's ZeRO cut for {saved} ranks, and this run has "
-            f"{ranks}; resume with {saved}, or begin a new run with model={folder!r} and ref_model the model that this "
-            "run began with"
+            f"{ranks}; resume with {saved}, or {anew}"
         )

@@ -258,7 +258,7 @@ class DPOTrainer(Trainer):
         """Like `Trainer.train`; a checkpoint that does not fit the model is refused before anything is loaded."""
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            check_checkpoint(self.accelerator.unwrap_model(self.model), folder, self.accelerator.num_processes)
+            check_checkpoint(self.model, folder, self.accelerator)
             if self._running_margin is not None:
                 self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / STATE_FILE)))
         if self.args.recompute_where_needed:
