@@ -113,6 +113,19 @@ def test_losses_that_differ_are_refused():
     assert "is not timed" in str(refusal.value)
 
 
+def test_losses_in_half_precision_may_differ_by_its_noise(tmp_path):
+    def tolerance(comparisons: int, *flags: str) -> float:
+        config = parse_train_arguments([*FLAGS, "--output_dir", str(tmp_path), *flags]).config
+        return command.loss_tolerance(config, comparisons)
+
+    assert tolerance(1) == tolerance(64) == 1e-3
+    for half in (["--bf16"], ["--dtype", "bfloat16"]):
+        one, eight = (tolerance(comparisons, *half) for comparisons in (1, 8))
+        assert one == pytest.approx(8**0.5 * eight) and 0.0573 < one, "as far as two sides were seen apart"
+        assert 0.02 < tolerance(8, *half, "--beta", "0.2") == pytest.approx(2 * eight)
+        assert tolerance(10**6, *half) == 0.02 and tolerance(1, *half, "--beta", "9") == 0.5
+
+
 def _killed(pipe):
     pipe.recv()
     os.kill(os.getpid(), signal.SIGKILL)

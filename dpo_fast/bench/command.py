@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,10 @@ from dpo_fast.groups import Layout
 from dpo_fast.preparation import prepare_preferences
 
 TRIAL_STEPS = 3
-LOSS_TOLERANCE = {"fp32": 1e-3, "half": 2e-2}
+LOSS_TOLERANCE = 1e-3  # of a step's loss
+# In half precision a pair's margin depends on what it is packed or padded with, in any trainer: by 1 nat of 1000 or so
+# (RMS, `bench_rounding.py`). β/2 of that reaches the loss at equal weights, which is ln 2.
+_HALF_PRECISION_NOISE = 4 * 1.0 / 2 / math.log(2)  # four times as much
 
 # What a measured run leaves out of the user's training. Rows are in order and merged already; dropout would make the
 # losses of two layouts differ.
@@ -85,6 +89,13 @@ def check(options: argparse.Namespace, arguments: TrainArguments) -> None:
         raise ValueError("--dataset_streaming: bench counts the whole dataset; leave it out.")
 
 
+def loss_tolerance(config: DPOConfig, comparisons: int) -> float:
+    """How far two sides' losses of a step may be apart, as a share; in half precision less for more `comparisons`."""
+    if not config.bf16 and not config.fp16 and (config.model_init_kwargs or {}).get("dtype") == "float32":
+        return LOSS_TOLERANCE
+    return min(max(_HALF_PRECISION_NOISE * config.beta / math.sqrt(comparisons), 2e-2), 0.5)
+
+
 def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
     """Counts, measures, tries settings and prints.
 
@@ -118,7 +129,8 @@ def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArg
         console.print(f"Measuring {options.max_steps} steps of {', '.join(report.NAMES[name] for name in sides)} …")
         comparison = compare(sides, options.max_steps)
         _refuse_if_ours_fails(comparison)
-        measured = {"largest_loss_difference": _check_losses(comparison.reports, config)}
+        tolerance = loss_tolerance(config, min(comparisons))
+        measured = {"largest_loss_difference": _check_losses(comparison.reports, tolerance)}
         measured |= measured_figures(comparison, comparisons, epoch)
         if obstacle is not None:
             measured["no_part"]["trl"] = obstacle
@@ -136,7 +148,7 @@ def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArg
 
         console.print("Trying other cuts of the same steps …")
         trials = try_settings(own, sum(costs[index] for index in heaviest), max(costs), run)
-    _check_losses({str(trial.setting): trial.report for trial in trials if trial.fits}, config)
+    _check_losses({str(trial.setting): trial.report for trial in trials if trial.fits}, tolerance)
     settings = settings_figures(trials, measured["against"], epoch, config)
     report.print_settings(console, trials, sum(comparisons[:tried_steps]), settings)
     report.print_advice(console, settings, epoch.shared_prompts)
@@ -199,10 +211,8 @@ def _refuse_if_ours_fails(comparison: Comparison) -> None:
         raise ValueError(failure.message) if failure.refused else SideError(failure)
 
 
-def _check_losses(reports: Mapping[str, Report], config: DPOConfig) -> float:
-    exact = not config.bf16 and not config.fp16 and (config.model_init_kwargs or {}).get("dtype") == "float32"
-    losses = {name: report.losses for name, report in reports.items()}
-    return check_losses(losses, LOSS_TOLERANCE["fp32" if exact else "half"])
+def _check_losses(reports: Mapping[str, Report], tolerance: float) -> float:
+    return check_losses({name: report.losses for name, report in reports.items()}, tolerance)
 
 
 def _environment() -> dict[str, Any]:
