@@ -49,9 +49,9 @@ gpu:
 TRAIN = $(PYTHON) benchmarks/bench_train.py --synthetic ultrafeedback --precision bf16 --max_length 2048 --out $(RESULTS)
 gpu-train:
 	@$(STEPS); \
-	step same 135 $(TRAIN) --model llama-3.2-1b --batch_size 8 --checkpointing; \
-	step best 220 $(TRAIN) --model llama-3.2-1b --best --global_batch 8 --steps 4; \
-	step lora 180 $(TRAIN) --model llama-3-8b --lora --batch_size 4 --checkpointing --steps 4; \
+	step same 105 $(TRAIN) --model llama-3.2-1b --batch_size 8 --checkpointing; \
+	step best 280 $(TRAIN) --model llama-3.2-1b --best --global_batch 8 --steps 4; \
+	step lora 150 $(TRAIN) --model llama-3-8b --lora --batch_size 4 --checkpointing --steps 4; \
 	$(PYTHON) benchmarks/harness.py $(RESULTS); \
 	$(FAILED)
 

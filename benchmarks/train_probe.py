@@ -66,7 +66,7 @@ class _CountSyncs(ExitStack):
 
     @property
     def count(self) -> int:
-        return sum("synchroniz" in str(warning.message) for warning in self._seen)
+        return sum("called a synchronizing" in str(warning.message) for warning in self._seen)
 
 
 class StepProbe:

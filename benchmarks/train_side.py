@@ -102,6 +102,7 @@ class Turns:
     def begin(self, model: nn.Module) -> None:
         """Before the first step; `model` is what the loop calls."""
         self._model = model
+        self._attention = getattr(model, "causal_lm", model).config._attn_implementation
         reset_peak_memory()
         self._pipe.send("ready")
         self._wait()
@@ -158,6 +159,8 @@ class Turns:
             "seconds": self._seconds[1:],
             "token_positions": [sum(self._positions[start : start + every]) for start in steps],
             "peak_memory_gib": self._peak / 2**30,
+            "allocation_retries": torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0,
+            "attention": self._attention,
             **(self._probed or {}),
         }
 

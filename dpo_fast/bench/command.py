@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from dpo_fast.bench.order import epoch_batches, first_steps
 from dpo_fast.bench.peers import trl_obstacle
 from dpo_fast.bench.positions import count_positions, outlines
 from dpo_fast.bench.settings import Setting, try_settings
-from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, one_after_another
+from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, loss_tolerance, one_after_another
 from dpo_fast.bench.worker import Failure, Job, Report
 from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
@@ -37,10 +36,6 @@ from dpo_fast.groups import Layout
 from dpo_fast.preparation import prepare_preferences
 
 TRIAL_STEPS = 3
-LOSS_TOLERANCE = 1e-3  # of a step's loss
-# In half precision a pair's margin depends on what it is packed or padded with, in any trainer: by 1 nat of 1000 or so
-# (RMS, `bench_rounding.py`). β/2 of that reaches the loss at equal weights, which is ln 2.
-_HALF_PRECISION_NOISE = 4 * 1.0 / 2 / math.log(2)  # four times as much
 
 # What a measured run leaves out of the user's training. Rows are in order and merged already; dropout would make the
 # losses of two layouts differ.
@@ -89,13 +84,6 @@ def check(options: argparse.Namespace, arguments: TrainArguments) -> None:
         raise ValueError("--dataset_streaming: bench counts the whole dataset; leave it out.")
 
 
-def loss_tolerance(config: DPOConfig, comparisons: int) -> float:
-    """How far two sides' losses of a step may be apart, as a share; in half precision less for more `comparisons`."""
-    if not config.bf16 and not config.fp16 and (config.model_init_kwargs or {}).get("dtype") == "float32":
-        return LOSS_TOLERANCE
-    return min(max(_HALF_PRECISION_NOISE * config.beta / math.sqrt(comparisons), 2e-2), 0.5)
-
-
 def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
     """Counts, measures, tries settings and prints.
 
@@ -129,7 +117,8 @@ def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArg
         console.print(f"Measuring {options.max_steps} steps of {', '.join(report.NAMES[name] for name in sides)} …")
         comparison = compare(sides, options.max_steps)
         _refuse_if_ours_fails(comparison)
-        tolerance = loss_tolerance(config, min(comparisons))
+        exact = not config.bf16 and not config.fp16 and (config.model_init_kwargs or {}).get("dtype") == "float32"
+        tolerance = loss_tolerance(exact, config.beta, min(comparisons))
         measured = {"largest_loss_difference": _check_losses(comparison.reports, tolerance)}
         measured |= measured_figures(comparison, comparisons, epoch)
         if obstacle is not None:

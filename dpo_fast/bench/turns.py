@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,6 +144,17 @@ def one_after_another(jobs: Sequence[Job], steps: int) -> Iterator[Report | Fail
                     raise
                 yield error.failure
                 side = stack.enter_context(Side())
+
+
+def loss_tolerance(exact: bool, beta: float, comparisons: int) -> float:
+    """How far losses of the same step may be apart, as a share of ln 2; `exact` is fp32.
+
+    In half precision a pair's margin depends on what it is packed or padded with, in any trainer, by 1 nat or so (RMS,
+    `bench_rounding.py`). β/2 of that reaches the loss, less in a mean of many `comparisons`; four times as much may.
+    """
+    if exact:
+        return 1e-3
+    return min(max(4 * 1.0 * beta / 2 / math.log(2) / math.sqrt(comparisons), 2e-2), 0.5)
 
 
 def check_losses(losses: Mapping[str, Sequence[float]], tolerance: float) -> float:

@@ -26,6 +26,9 @@ from dpo_fast_kernels.logits import LogitTransform
 _CONFIGS: dict[int, Config] = {major: {"BLOCK_V": 4096, "num_warps": 8} for major in (8, 9, 10)}
 _CANDIDATES = [{"BLOCK_V": block, "num_warps": warps} for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 _SUM_BLOCK = 1024  # token log-probs that a program adds up at a time
+# A number a row, in parts of larger tensors that begin anywhere: a kernel for each alignment would be no faster.
+_OF_ROWS = ["targets_ptr", "logps_ptr", "lse_ptr", "coefficient_ptr"]
+_OF_ROWS += ["entropy_ptr", "mean_logit_ptr", "is_top1_ptr", "log_sum_sq_probs_ptr"]
 
 
 @triton.jit
@@ -39,7 +42,7 @@ def _load_bounded(z_ptr, bias_ptr, offs_v, mask_v, inner, HAS_BIAS: tl.constexpr
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_OF_ROWS)
 def _row_logps_fwd_kernel(
     z_ptr,
     bias_ptr,
@@ -109,7 +112,7 @@ def _row_logps_fwd_kernel(
         tl.store(log_sum_sq_probs_ptr + pid_n, tl.log(square_total) - 2.0 * log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_OF_ROWS)
 def _row_logps_bwd_kernel(
     z_ptr,
     bias_ptr,
@@ -150,7 +153,7 @@ def _row_logps_bwd_kernel(
     tl.store(out_ptr + pid_n * stride_on + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S"], do_not_specialize_on_alignment=_OF_ROWS)
 def _sequence_sums_kernel(logps_ptr, cu_scores_ptr, sums_ptr, N, S, BLOCK_N: tl.constexpr):
     pid_s = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_scores_ptr + pid_s).to(tl.int64)
