@@ -84,7 +84,7 @@ def launch(arguments: TrainArguments, command: Sequence[str]) -> NoReturn:
 
 
 def _accelerate_config(value: list[str]) -> Path:
-    """A file, or the name of one that TRL ships (zero2, zero3, fsdp1, fsdp2, …)."""
+    """A file, or the name of one that TRL ships (zero2, zero3, fsdp2, …)."""
     if not value:
         raise ValueError("--accelerate_config needs a value: a file written by `accelerate config`.")
     if Path(value[0]).is_file():

@@ -263,6 +263,7 @@ class DPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         super().__post_init__()
+        self.accelerator_config.non_blocking = True  # a batch is in pinned memory, and the host need not wait for it
         self._check_parallelism()
         coupled = set(self.loss_mix) & set(COUPLED)  # whose packs cost another forward pass when there are several
         if self.max_tokens_per_micro_batch is None and self.device.type == "cpu" and not coupled:
@@ -326,6 +327,11 @@ class DPOConfig(TrainingArguments):
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "
+                "groups are dealt to ranks by their cost already; take 'random' or 'sequential'."
+            )
 
     def _check_loss(self) -> None:
         if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta <= 0:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.attention import use_shared_prefix
@@ -20,9 +16,6 @@ from dpo_fast.config import DPOConfig, tensor_parallel_refusal
 from dpo_fast.forward import add_dpo_forward
 from dpo_fast.groups import Layout
 from dpo_fast.loading import looks_local
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
 logger = logging.getLogger(__name__)
 
@@ -145,60 +138,6 @@ def prepare_reference(ref_model: PreTrainedModel, vocab_size: int, layout: Layou
             "the same tokenizer"
         )
     prepare_forward(base, layout)
-
-
-def keep_numbers_exact(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keeps FSDP2's mixed precision from rounding what goes into the loss, and log-probs and metrics that come out."""
-    policy = plugin.mixed_precision_policy
-    if plugin.fsdp_version == 2 and policy is not None:
-        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
-
-
-def dtype_of_engine(accelerator: Accelerator) -> torch.dtype | None:
-    """What FSDP or DeepSpeed casts weights to when it takes a model over; None where autocast, or nothing, does it."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return getattr(accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return None
-
-
-@contextlib.contextmanager
-def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Modules of `model` run with their weights in `dtype`, as they will under an engine that has yet to take it over.
-
-    Autocast leaves in fp32 what layers add to; with embeddings in bf16, as engines have them, that is in bf16 too, and
-    log-probs are others. For passes without gradient. A module's copies exist while it runs.
-    """
-    handles, whole = [], {}
-
-    def cast(module: nn.Module, *_) -> None:
-        whole[module] = {name: module._parameters[name] for name in _other_weights(module, dtype)}
-        for name, weight in whole[module].items():
-            module._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-
-    def restore(module: nn.Module, *_) -> None:
-        module._parameters.update(whole.pop(module))
-
-    for module in model.modules():
-        if _other_weights(module, dtype):
-            handles.append(module.register_forward_pre_hook(cast))
-            handles.append(module.register_forward_hook(restore, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _other_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Names of a module's own weights that are in another dtype, but for those that an engine has in its hands."""
-    return [
-        name
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.is_floating_point() and weight.dtype != dtype
-        if not isinstance(weight, DTensor) and not hasattr(weight, "ds_id")
-    ]
 
 
 def disable_dropout(model: nn.Module | None) -> None:

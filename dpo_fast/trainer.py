@@ -42,6 +42,7 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data import DataSummary
 from dpo_fast.dealing import GroupCost, group_lengths
+from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
@@ -51,7 +52,6 @@ from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import (
     aux_loss_weight,
     disable_dropout,
-    keep_numbers_exact,
     let_recompute,
     load_model,
     prepare_forward,
@@ -194,7 +194,7 @@ class DPOTrainer(Trainer):
         self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
-        self._empty = empty_pack(self.layout, processing_class.pad_token_id, cut=args.ld_alpha is not None)
+        self._empty = empty_pack(self.layout, cut=args.ld_alpha is not None).to(args.device)
         self._metrics = {mode: MetricAccumulator(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0
         self._balances: list[float] = []
@@ -279,7 +279,8 @@ class DPOTrainer(Trainer):
         most = largest_pack(tokens, self._train_batch_size, self.layout, self.args.max_tokens_per_micro_batch)
         packs = tuple(empty_pack(self.layout, groups=groups, length=32) for groups in (1, 4))
         self.model.train()
-        return not activations_fit(self.model, packs, most, self.compute_loss_context_manager())
+        with on_device(self.model, self.args.device):
+            return not activations_fit(self.model, packs, most, self.accelerator.autocast())
 
     def _keep_references_of_streams(self) -> None:
         """Writes what the store has in memory alone: the last rows of a stream."""
@@ -288,10 +289,10 @@ class DPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
+        if not batch_samples:  # the stream is over, on all ranks
+            return None
         totals, _, balance = self._level(batch_samples, self.args.gradient_accumulation_steps)
         self._balances.append(balance)
-        if not batch_samples:
-            return None
         if self._coupled and self.args.couple == "step":
             self._couple(batch_samples, totals, self.accelerator)
         for batch in batch_samples if self._coupled and self.args.couple == "micro_batch" else ():
@@ -301,14 +302,13 @@ class DPOTrainer(Trainer):
     def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
         """Totals and number of groups of `batches` on all ranks, which `level` brings into step; how even they are."""
         totals, groups, balance = level(batches, most, self._empty, self._host_group)
-        return torch.as_tensor(totals, device=self.args.device), groups, balance
+        return totals.to(self.args.device, non_blocking=True), groups, balance
 
     @functools.cached_property
     def _host_group(self) -> dist.ProcessGroup | None:
         """All ranks, to tell each other what the host knows without waiting for the device; None for one process."""
-        if self.accelerator.num_processes == 1:
-            return None
-        return dist.new_group(backend="gloo", timeout=self.args.ddp_timeout_delta)
+        several = self.accelerator.num_processes > 1
+        return dist.new_group(backend="gloo", timeout=self.args.ddp_timeout_delta) if several else None
 
     def _get_dataloader(self, dataset, description: str, batch_size: int, *args, **kwargs) -> DataLoader:
         """Like transformers', but in the order of one process, and no group comes twice to fill up the last batch."""
@@ -331,7 +331,7 @@ class DPOTrainer(Trainer):
             return
         model = self.model_wrapped
         model.train()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), autocast_of_training(self.accelerator):
             logps = [model(packed=packed).logps for packed in packs]
         coefficients = iter(step_coefficients(packs, logps, totals, self._objective, accelerator))
         for batch in batches:

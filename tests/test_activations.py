@@ -40,9 +40,9 @@ def test_what_a_long_pack_keeps_is_told_by_short_ones(tmp_path, layout, bf16, lo
     free(GIB)
     packs = tuple(empty_pack(layout, groups=groups, length=32) for groups in (1, 4))
     with caplog.at_level(logging.INFO, "dpo_fast"):
-        assert activations_fit(model, packs, 1400, trainer.compute_loss_context_manager())
+        assert activations_fit(model, packs, 1400, trainer.accelerator.autocast())
     estimate = caplog.records[-1].args[1] * GIB
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         assert estimate == pytest.approx(saved_bytes(model, long), rel=0.05)
 
 

@@ -128,6 +128,16 @@ def test_bf16_is_on_by_default_only_on_a_gpu_that_has_it(tmp_path, monkeypatch, 
     assert seen == [expected]
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_an_order_by_length_is_refused(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"train_sampling_strategy='{strategy}' saves padding"):
+        make(tmp_path, train_sampling_strategy=strategy)
+
+
+def test_batches_are_copied_while_the_host_goes_on(tmp_path):
+    assert make(tmp_path).accelerator_config.non_blocking
+
+
 def test_bf16_asks_for_support_in_hardware(monkeypatch):
     from dpo_fast.config import _gpu_supports_bf16
 

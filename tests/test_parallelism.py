@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +25,7 @@ from transformers.distributed import DistributedConfig
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
 from dpo_fast.config import DPOConfig
-from dpo_fast.models import load_model, weights_in
+from dpo_fast.models import load_model
 from dpo_fast_kernels import SequenceLoss
 from families import VOCAB, tiny_model
 from interpreting import environment
@@ -118,44 +116,6 @@ def test_tensor_parallel_ranks_find_what_the_whole_model_finds(tmp_path):
         [*program, sys.executable, "-c", call], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-5000:]
-
-
-# ---- the arithmetic of an engine ----
-
-
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone, which is enough for FSDP2 to cast what it shards."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
-def test_weights_in_bf16_give_the_very_log_probs_of_fsdp2(one_rank, family):
-    models = [tiny_model(family), tiny_model(family)]
-    for model in models:
-        add_dpo_forward(model)
-        use_shared_prefix(model)
-    plain, sharded = models
-    before = {name: weight.clone() for name, weight in plain.named_parameters()}
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh("cpu", (1,))
-    (layers,) = (module for module in sharded.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 4)
-    for part in (*layers, sharded):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    packed = pack(GROUPS)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = sharded(packed=packed).token_logps
-        by_autocast = plain(packed=packed).token_logps
-        with weights_in(plain, torch.bfloat16):
-            found = plain(packed=packed).token_logps
-        again = plain(packed=packed).token_logps
-    assert torch.equal(found, expected)
-    assert not torch.equal(by_autocast, expected), "else the cast makes no difference"
-    assert torch.equal(again, by_autocast), "hooks stay behind"
-    for name, weight in plain.named_parameters():
-        assert weight.requires_grad and torch.equal(weight, before[name]), name
 
 
 # ---- refusals ----

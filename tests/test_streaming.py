@@ -149,6 +149,13 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
     assert logged(resumed, "loss") == logged(whole, "loss")
 
 
+def test_a_stream_that_is_over_asks_no_other_rank(tmp_path, monkeypatch):
+    """transformers goes on asking for the steps of an epoch whose length it does not know."""
+    trainer = make_trainer(tmp_path, as_stream(pairs(8)))
+    monkeypatch.setattr(trainer, "_level", lambda *args: pytest.fail("ranks met"))
+    assert trainer._get_num_items_in_batch([], torch.device("cpu")) is None and trainer._balances == []
+
+
 def test_what_the_reference_is_not_there_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dataloader_num_workers=2: .* set it to 0"):
         make_trainer(tmp_path, as_stream(pairs(8)), dataloader_num_workers=2)

@@ -20,7 +20,7 @@ LAYERS = (
     {"groups", "columns", "pieces", "losses", "objective", "head", "attention", "config", "cache_dir", "host_memory"},
     {"data", "formats", "loading", "tokenization", "truncation"}
     | {"models", "checkpoints", "collator", "coupling", "ranks", "sampler", "dealing", "forward", "fused_linear"}
-    | {"activations", "compilation", "metrics", "group_metrics", "running_margin"}
+    | {"activations", "compilation", "engines", "metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
     {"cli", "arguments", "cache_command", "score_command", "run_command", "bench", "doctor", "demo", "integrations"},

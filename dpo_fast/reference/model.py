@@ -21,13 +21,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dpo_fast.cache_dir import cache_dir
+from dpo_fast.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
 from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
-from dpo_fast.models import dtype_of_engine, weights_in
 from dpo_fast.ranks import empty_pack
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
@@ -59,6 +59,8 @@ def weights_memo(
     memo = FingerprintMemo(cache_dir() / "fingerprints.json")
 
     def fingerprint(loaded: nn.Module, adapters: bool) -> str:
+        if is_sharded(loaded):  # which takes all ranks, and one of them may remember what another does not
+            return weights_fingerprint(loaded, adapters)
         return fingerprint_of_checkpoint(model, load, lambda: weights_fingerprint(loaded, adapters), memo)
 
     return fingerprint
@@ -86,7 +88,7 @@ class Reference:
     """What gives reference log-probs.
 
     Args:
-        model: with the packed forward, on its device.
+        model: with the packed forward; on its device, or still on the host.
         adapters: whether the model's adapters belong to the reference; else they are off while it runs.
         layout: of the packed batches.
         column: `ref_logps` of completions, or `ref_token_logps` of all their tokens.
@@ -145,19 +147,32 @@ class Reference:
         return description
 
     def score(self, packed: PackedBatch) -> Tensor:
-        """Token log-probs of a packed batch on the host, fp32 [N]."""
-        if self._sharded:
-            self._any_rank_has(True)
-        return self._run(packed)
+        """Token log-probs of a packed batch, fp32 [N].
+
+        Raises:
+            ValueError: memory ran out on one of several ranks that run together, and cannot go back together.
+        """
+        if not is_sharded(self.model):
+            return self._run(packed)
+        self._any_rank_has(True)
+        try:
+            return self._run(packed)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise ValueError(
+                f"max_tokens_per_micro_batch={self._max_tokens}: the reference pass ran out of memory at "
+                f"{packed.num_tokens} tokens, on a model whose weights are shared out among the ranks; set it lower"
+            ) from error
 
     def _run(self, packed: PackedBatch) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         off = contextlib.nullcontext() if self._adapters else self.model.disable_adapter()
-        dtype = dtype_of_engine(self._accelerator)
-        cast = contextlib.nullcontext() if dtype is None else weights_in(self.model, dtype)
-        with off, self._weights(), cast, torch.no_grad(), self._accelerator.autocast():
-            logps = self.model(packed=packed.to(self._accelerator.device, non_blocking=True)).token_logps
+        device, autocast = self._accelerator.device, autocast_of_training(self._accelerator)
+        as_in_training = weights_in(self.model, dtype_of_engine(self._accelerator), device)
+        with off, self._weights(), as_in_training, torch.no_grad(), autocast:
+            logps = self.model(packed=packed.to(device, non_blocking=True)).token_logps
         self.model.train(was_training)
         return logps
 
@@ -168,10 +183,6 @@ class Reference:
             return _gathered_while_they_run(self.model)
         return contextlib.nullcontext()
 
-    @property
-    def _sharded(self) -> bool:
-        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
-
     def _any_rank_has(self, own: bool) -> bool:
         """Whether any rank has a batch to run."""
         count = torch.tensor([float(own)], device=self._accelerator.device)
@@ -180,14 +191,15 @@ class Reference:
     def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
         """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
         keys, run = CompletionKeys.of_dataset(dataset), self._pass()
-        run.over(dataset, keys, name)
-        self._check(run.report.known)
-        self._wait_for_others()
+        with on_device(self.model, self._accelerator.device) if self.model else contextlib.nullcontext():
+            run.over(dataset, keys, name)
+            self._check(run.report.known)
+            self._wait_for_others()
         return keys
 
     def _wait_for_others(self) -> None:
         """Runs with the ranks that still have batches, where that takes all ranks."""
-        while self.model is not None and self._sharded and self._any_rank_has(False):
+        while self.model is not None and is_sharded(self.model) and self._any_rank_has(False):
             self._run(empty_pack(self._layout))
 
     def with_logps(self, dataset: Dataset, name: str = "train") -> Dataset:
