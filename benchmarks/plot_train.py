@@ -93,8 +93,9 @@ def _label(settings: Mapping[str, Any]) -> str:
     batch = f"best, {settings['global_batch']} a step" if settings["best"] else f"batch {settings['batch_size']}"
     completions = f", {settings['group_size']} completions" if settings["group_size"] > 2 else ""
     recomputing = ", checkpointing" if settings["checkpointing"] and not settings["best"] else ""
-    weights = "LoRA" if settings["lora"] else "all weights"
-    return f"{rows}, {settings['precision']}, {batch}{recomputing}{completions}, {weights}"
+    weights = ", LoRA" if settings["lora"] else ""
+    ours = "" if settings["ours"] == "dpo_fast" else f"{settings['ours']}: "
+    return f"{ours}{rows}, {settings['precision']}, {batch}{recomputing}{completions}{weights}"
 
 
 def growth(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

@@ -128,10 +128,13 @@ def check_confident_target(row_ops: ModuleType, device="cpu") -> None:
 
 
 def check_far_rows(row_ops: ModuleType, device="cpu") -> None:
-    """A row that begins 2³¹ elements into the tile, which neither its number nor the stride tells."""
-    memory = torch.empty(2**31 + 1003, dtype=torch.float16, device=device)  # three rows of it are ever touched
-    z, targets, _ = tile(3, 1003, torch.float16, False, device)
-    far = memory.as_strided((3, 1003), (2**30, 1)).copy_(z)
+    """A row that begins 2³¹ elements into the tile, which neither its number nor the stride tells.
+
+    Both strides are multiples of 16, as a kernel that is compiled for others sums in another order.
+    """
+    memory = torch.empty(2**31 + 1008, dtype=torch.float16, device=device)  # three rows of it are ever touched
+    z, targets, _ = tile(3, 1008, torch.float16, False, device)
+    far = memory.as_strided((3, 1008), (2**30, 1)).copy_(z)
     logps, lse, _ = forward(row_ops, z, targets)
     assert torch.equal(forward(row_ops, far, targets)[0], logps)
     for rows in (z, far):

@@ -222,7 +222,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dloss, *_):
     gradients = (
-        (gradient * dloss).to(dtype) if needs else None
+        torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype)) if needs else None  # in one pass
         for gradient, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
     return *gradients, *(None,) * 4, [None] * ctx.loss_inputs, *(None,) * ctx.others
