@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
+from dpo_fast.bench.turns import loss_tolerance
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -38,14 +39,13 @@ SIZES = {
     },
 }
 VOCABULARY = {"tiny": 1000, "1b": 128256}
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
     reports = {layout: train(layout, rows, options) for layout in ("shared", "padded")}
     shared, padded = reports["shared"], reports["padded"]
     differences = [abs(a - b) / abs(b) for a, b in zip(shared["losses"], padded["losses"], strict=True)]
-    if max(differences) > LOSS_TOLERANCE[precision]:
+    if not max(differences) <= loss_tolerance(precision == "fp32", DPOConfig.beta, options.batch_size):
         raise SystemExit(f"the layouts disagree: losses {shared['losses']} against {padded['losses']}")
     result = {
         "question": "pairs per second, shared against padded layout, all else equal",
@@ -99,8 +99,9 @@ def train(layout: str, rows: Dataset, options: argparse.Namespace) -> dict[str, 
     """Trains one model in one layout and returns what was measured."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[options.size], vocab_size=VOCABULARY[options.size], max_position_embeddings=8192)
-    model = AutoModelForCausalLM.from_config(config)
     cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
     clock: list[float] = []
 
     class Clock(TrainerCallback):
