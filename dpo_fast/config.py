@@ -327,6 +327,12 @@ class DPOConfig(TrainingArguments):
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True would put Liger's forward in the packed one's place; leave it out: head and "
+                "loss are fused. Its layer kernels go with a loaded model: apply_liger_kernel_to_llama(model=model, "
+                "fused_linear_cross_entropy=False), and so for other families."
+            )
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "

@@ -134,6 +134,11 @@ def test_an_order_by_length_is_refused(tmp_path, strategy):
         make(tmp_path, train_sampling_strategy=strategy)
 
 
+def test_another_forward_of_the_whole_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel=True .*fused_linear_cross_entropy=False"):
+        make(tmp_path, use_liger_kernel=True)
+
+
 def test_batches_are_copied_while_the_host_goes_on(tmp_path):
     assert make(tmp_path).accelerator_config.non_blocking
 
