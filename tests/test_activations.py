@@ -12,7 +12,7 @@ from dpo_fast import activations
 from dpo_fast.activations import activations_fit, free_memory, largest_pack, saved_bytes
 from dpo_fast.ranks import empty_pack
 from families import tiny_model
-from test_trainer import logged, make_trainer, pairs, trained
+from preferences import logged, make_trainer, pairs, trained
 
 GIB = 2**30
 

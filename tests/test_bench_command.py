@@ -26,8 +26,8 @@ from dpo_fast.bench.worker import Failure, Job, Report
 from dpo_fast.config import DPOConfig
 from dpo_fast.data import prepare_dataset
 from families import tiny_model, tiny_tokenizer
+from preferences import pairs
 from test_bench_positions import GROUPS, prepared
-from test_trainer import pairs
 
 OWN = Setting(2, 2, None, True)
 NO_MEMORY = Failure("OutOfMemoryError: gone", out_of_memory=True)

@@ -10,7 +10,7 @@ from dpo_fast.bench.positions import count_positions, outlines
 from dpo_fast.data import prepare_dataset
 from dpo_fast.groups import PreferenceGroup, pack
 from families import tiny_tokenizer
-from test_trainer import make_trainer, pairs
+from preferences import make_trainer, pairs
 
 # A pair, a pair of the same prompt, four completions of which one is never compared twice, an empty prompt.
 GROUPS = [

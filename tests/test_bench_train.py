@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast.bench.turns import loss_tolerance
 from families import VOCAB, tiny_model, tiny_tokenizer
-from test_trainer import pairs, ranked
+from preferences import pairs, ranked
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PARTS = ("data", "forward", "head", "backward", "optimizer")

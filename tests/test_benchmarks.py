@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from families import tiny_model, tiny_tokenizer
-from test_trainer import pairs
+from preferences import pairs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -16,7 +16,7 @@ from dpo_fast import cli
 from dpo_fast.reference.maintenance import info
 from dpo_fast.scoring import _intervals
 from families import tiny_model, tiny_tokenizer
-from test_trainer import make_trainer, pairs, ranked, trained
+from preferences import make_trainer, pairs, ranked, trained
 
 
 @pytest.fixture

@@ -59,10 +59,8 @@ def library(monkeypatch):
         def end(self):
             record.calls.append("end")
 
-    for name, member in (("data", load_preference_dataset), ("trainer", DPOTrainer)):
-        module = types.ModuleType(f"dpo_fast.{name}")
-        setattr(module, member.__name__, member)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("dpo_fast.data.load_preference_dataset", load_preference_dataset)
+    monkeypatch.setattr("dpo_fast.trainer.DPOTrainer", DPOTrainer)
     return record
 
 
@@ -290,8 +288,7 @@ def test_a_bug_keeps_its_traceback(library, stage, error):
 def test_what_dpo_fast_refuses_during_training_costs_one_line(library, capsys, monkeypatch):
     from dpo_fast.config import _pad_multiple
 
-    trainer = sys.modules["dpo_fast.trainer"].DPOTrainer
-    monkeypatch.setattr(trainer, "train", lambda self, resume_from_checkpoint: _pad_multiple("many"))
+    monkeypatch.setattr("dpo_fast.trainer.DPOTrainer.train", lambda self, resume_from_checkpoint: _pad_multiple("many"))
     assert run() == 2
     refused(capsys, "pad_to_multiple_of='many'")
 
@@ -358,16 +355,14 @@ def test_a_launched_process_trains(library, launched, monkeypatch, mark):
 
 def test_demo_gets_its_options(monkeypatch, capsys):
     seen = {}
-    module = types.ModuleType("dpo_fast.demo.run")
-    module.main = lambda options: seen.update(vars(options))
-    monkeypatch.setitem(sys.modules, "dpo_fast.demo.run", module)
+    monkeypatch.setattr("dpo_fast.demo.run.main", lambda options: seen.update(vars(options)))
     assert cli.main(["demo", "--seed", "3", "--model", "m"]) == 0
     assert (seen["seed"], seen["model"], seen["output_dir"]) == (3, "m", "runs/demo")
 
     def without_extra(options):
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 
-    module.main = without_extra
+    monkeypatch.setattr("dpo_fast.demo.run.main", without_extra)
     assert cli.main(["demo"]) == 2
     refused(capsys, "gguf", 'pip install "dpo-fast[demo]"')
 

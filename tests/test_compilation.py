@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from families import tiny_model
-from test_trainer import logged, make_trainer, pairs, trained
+from preferences import logged, make_trainer, pairs, trained
 
 TIMES = ("runtime", "per_second")
 

@@ -34,7 +34,7 @@ from dpo_fast.reference.maintenance import export, info
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
 from interpreting import environment
-from test_trainer import make_trainer, pairs, ranked
+from preferences import make_trainer, pairs, ranked
 
 GROUPS = 8  # of a global batch
 USE_CPU = os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"  # else accelerate takes DDP; DS_ACCELERATOR says it

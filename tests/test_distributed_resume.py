@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from dpo_fast.checkpoints import find_checkpoint
 from families import tiny_model
 from interpreting import environment
+from preferences import make_trainer
 from test_distributed import assert_same, engine_environment, engine_file, launch, leave, make, run
-from test_trainer import make_trainer
 
 SAVE = {"save_strategy": "steps", "save_steps": 5}
 PARTS = ("model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")

@@ -17,8 +17,8 @@ import test_distributed
 from dpo_fast import streaming
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model
+from preferences import make_trainer
 from test_distributed import ENGINES, GROUPS, USE_CPU, engine_environment, launch, leave, rows, shard_on_cpus
-from test_trainer import make_trainer
 
 RUNS = {
     "groups": {},

@@ -15,8 +15,8 @@ from dpo_fast import add_dpo_forward, engines, pack, use_shared_prefix
 from dpo_fast.engines import keep_numbers_exact, on_device, weights_in
 from dpo_fast.reference import model as reference_model
 from families import tiny_model
+from preferences import make_trainer, pairs
 from test_parallelism import GROUPS
-from test_trainer import make_trainer, pairs
 
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda")
 

@@ -34,7 +34,7 @@ from dpo_fast.arguments import parse_train_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
-from test_trainer import logged, pairs, ranked
+from preferences import logged, pairs, ranked
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from preferences import make_trainer, pairs, ranked
 from test_benchmarks import load
-from test_trainer import make_trainer, pairs, ranked
 
 LOGGED = 4  # every so many steps
 SETTINGS = {

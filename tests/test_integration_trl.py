@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import tiny_model, tiny_tokenizer
-from test_trainer import pairs
+from preferences import pairs
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")

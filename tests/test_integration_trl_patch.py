@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from families import VOCAB, tiny_model, tiny_tokenizer
-from test_trainer import pairs
+from preferences import pairs
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from dpo_fast.reference.maintenance import info
 from families import tiny_model
 from interpreting import environment
-from test_trainer import make_trainer, pairs, trained
+from preferences import make_trainer, pairs, trained
 
 ROWS = pairs(12)
 

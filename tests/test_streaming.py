@@ -14,7 +14,7 @@ from dpo_fast.data import prepare_dataset
 from dpo_fast.streaming import StreamBatches, prepare_stream
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_tokenizer
-from test_trainer import assert_same_weights, logged, make_trainer, pairs, ranked, trained
+from preferences import assert_same_weights, logged, make_trainer, pairs, ranked, trained
 
 ROWS = [
     {"prompt": "w5 w6", "chosen": " w7 w8", "rejected": " w9"},

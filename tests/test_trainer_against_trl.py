@@ -11,7 +11,7 @@ import torch
 from dpo_fast.config import DPOConfig
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
-from test_trainer import pairs
+from preferences import pairs
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
