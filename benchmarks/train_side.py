@@ -26,7 +26,7 @@ from torch import nn
 from train_probe import StepProbe
 from train_setting import Setting
 
-from dpo_fast.bench.memory import peak_memory, reset_peak_memory
+from dpo_fast.machine import peak_memory, reset_peak_memory
 
 _RESERVE = 2**30  # bytes that stay free for everything else
 _KILLED = (signal.SIGKILL, signal.SIGABRT)  # by the kernel; by C++ code that was refused memory

@@ -12,20 +12,18 @@ import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from heapq import nlargest
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from dpo_fast.groups import Layout, PackedBatch
+from dpo_fast.machine import free_memory
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.8  # of the free memory; the rest is for gradients of activations, fragments and other processes
 _HEAD_BYTES = 2 * 2**30  # of the head's tiles, at most
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def saved_bytes(model: nn.Module, packed: PackedBatch) -> int:
@@ -82,15 +80,3 @@ def activations_fit(
         "they are kept" if fit else "they are computed again in the backward (gradient_checkpointing)",
     )
     return fit
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:  # a container may have less than the machine
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):
-        return psutil.virtual_memory().available
-    return min(limit - used, psutil.virtual_memory().available)

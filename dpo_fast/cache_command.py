@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_fast.cache_dir import cache_dir
+from dpo_fast.machine import cache_dir
 
 
 def parser() -> argparse.ArgumentParser:

@@ -92,7 +92,7 @@ def _devices() -> list[tuple[str, str, str]]:
 def _caches() -> list[tuple[str, str, str]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from dpo_fast.cache_dir import cache_dir
+    from dpo_fast.machine import cache_dir
 
     return [
         ("reference store", str(cache_dir()), "change it with --reference_cache_dir or DPO_FAST_CACHE"),

@@ -17,7 +17,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo_fast.activations import free_memory
+from dpo_fast.machine import free_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin

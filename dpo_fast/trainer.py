@@ -46,8 +46,8 @@ from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.forward import PackedOutput
 from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
-from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters
+from dpo_fast.machine import keep_freed_memory
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import (
     aux_loss_weight,

@@ -8,8 +8,9 @@ import logging
 import pytest
 import torch
 
-from dpo_fast import activations
-from dpo_fast.activations import activations_fit, free_memory, largest_pack, saved_bytes
+from dpo_fast import activations, machine
+from dpo_fast.activations import activations_fit, largest_pack, saved_bytes
+from dpo_fast.machine import free_memory
 from dpo_fast.ranks import empty_pack
 from families import tiny_model
 from preferences import logged, make_trainer, pairs, trained
@@ -94,7 +95,7 @@ def test_the_largest_pack_is_the_longest_groups_of_a_batch():
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     device = torch.device("cpu")
     whole = free_memory(device)
     (tmp_path / "memory.current").write_text("300\n")

@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 # From the bottom to the top. A file may import from its own layer and from those below it.
 LAYERS = (
     {"dpo_fast_kernels"},
-    {"groups", "columns", "pieces", "losses", "objective", "head", "attention", "config", "cache_dir", "host_memory"},
+    {"groups", "columns", "pieces", "losses", "objective", "head", "attention", "config", "machine"},
     {"data", "formats", "loading", "tokenization", "truncation"}
     | {"models", "checkpoints", "collator", "coupling", "ranks", "sampler", "dealing", "forward", "fused_linear"}
     | {"activations", "compilation", "engines", "metrics", "group_metrics", "running_margin"}

@@ -26,8 +26,8 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from dpo_fast.arguments import TrainArguments, parse_train_arguments
-from dpo_fast.bench.memory import peak_memory, reset_peak_memory
 from dpo_fast.config import DPOConfig
+from dpo_fast.machine import peak_memory, reset_peak_memory
 
 STEP, READY = "step", "ready"  # what is sent besides
 

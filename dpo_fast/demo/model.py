@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dpo_fast.cache_dir import cache_dir as user_cache_dir
+from dpo_fast.machine import cache_dir as user_cache_dir
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
@@ -34,7 +34,7 @@ def demo_model(cache_dir: Path | None = None) -> Path:
     is complete, so a conversion that is killed leaves no folder that looks like a model.
 
     Args:
-        cache_dir: keeps the model in `cache_dir/models`; default: the user's cache, see `dpo_fast.cache_dir`.
+        cache_dir: keeps the model in `cache_dir/models`; default: the user's cache, see `dpo_fast.machine`.
 
     Raises:
         ImportError: packages are missing; the message says how to get them.

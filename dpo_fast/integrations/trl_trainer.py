@@ -20,13 +20,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import dpo_trainer
 
 from dpo_fast.groups import Layout, PackedBatch
-from dpo_fast.host_memory import keep_freed_memory
 from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, PackingCollator
 from dpo_fast.integrations.trl_forward import answer_padded_rows
 from dpo_fast.integrations.trl_metrics import PendingMetrics
 from dpo_fast.integrations.trl_objective import objective_of
 from dpo_fast.integrations.trl_reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
+from dpo_fast.machine import keep_freed_memory
 from dpo_fast.metrics import batch_metrics
 from dpo_fast.models import disable_dropout, prepare_forward
 from dpo_fast_kernels import SequenceLoss
