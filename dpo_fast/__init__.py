@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpo_fast.attention import use_shared_prefix
-    from dpo_fast.collator import DPOCollator
+    from dpo_fast.batches.collator import DPOCollator
+    from dpo_fast.batches.groups import PreferenceGroup
+    from dpo_fast.batches.packing import PackedBatch, pack
     from dpo_fast.config import DPOConfig
     from dpo_fast.data import load_preference_dataset, prepare_dataset
     from dpo_fast.forward import PackedOutput, add_dpo_forward
     from dpo_fast.fused_linear import FusedLinearDPOLoss
-    from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
     from dpo_fast.models import disable_dropout
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "attention": ("use_shared_prefix",),
-    "collator": ("DPOCollator",),
+    "batches.collator": ("DPOCollator",),
+    "batches.groups": ("PreferenceGroup",),
+    "batches.packing": ("PackedBatch", "pack"),
     "config": ("DPOConfig",),
     "data": ("load_preference_dataset", "prepare_dataset"),
     "forward": ("PackedOutput", "add_dpo_forward"),
     "fused_linear": ("FusedLinearDPOLoss",),
-    "groups": ("PackedBatch", "PreferenceGroup", "pack"),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "models": ("disable_dropout",),

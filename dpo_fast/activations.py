@@ -16,7 +16,8 @@ from heapq import nlargest
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.groups import Layout, PackedBatch
+from dpo_fast.batches.groups import Layout
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.machine import free_memory
 from dpo_fast_kernels import SequenceLoss
 

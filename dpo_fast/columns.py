@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from dpo_fast.groups import PreferenceGroup
+from dpo_fast.batches.groups import PreferenceGroup
 
 FIELDS = tuple(field.name for field in fields(PreferenceGroup))
 REFERENCE_FIELDS = ("ref_logps", "ref_token_logps")

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from dpo_fast.groups import ComparisonChoice
+from dpo_fast.batches.groups import ComparisonChoice
 from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, heeds, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]

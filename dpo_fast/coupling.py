@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dpo_fast.groups import PackedBatch
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.losses import Comparisons
 from dpo_fast.objective import Objective
 from dpo_fast.ranks import rows_of_all_ranks

@@ -26,9 +26,9 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.batches.groups import ComparisonChoice
 from dpo_fast.columns import ACCOUNT, OPTIONAL_FIELDS, REFERENCE_FIELDS, group_features, tokenized_features
 from dpo_fast.formats import PREPARED, Format, detect_format
-from dpo_fast.groups import ComparisonChoice
 from dpo_fast.loading import load_preference_dataset
 from dpo_fast.tokenization import TokenizeRows
 from dpo_fast.truncation import (

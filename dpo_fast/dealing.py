@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
+from dpo_fast.batches.token_budget import deal, longest_first
 from dpo_fast.models import vocabulary_size
 from dpo_fast.reference.keys import windows
-from dpo_fast.sampler import deal, longest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from dpo_fast.groups import Layout
+    from dpo_fast.batches.groups import Layout
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from dpo_fast.attention import packed_arguments
-from dpo_fast.groups import PackedBatch
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast_kernels import SequenceLoss, gather_rows, linear_logps, linear_preference_loss
 

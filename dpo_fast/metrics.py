@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.forward import PackedOutput
 from dpo_fast.group_metrics import group_metrics
-from dpo_fast.groups import PackedBatch
 from dpo_fast.losses import Comparisons
 
 NAMES = (

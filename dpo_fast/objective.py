@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast.groups import PackedBatch
+from dpo_fast.batches.completion_pieces import by_completion
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.losses import Comparisons, LossParameters, preference_loss
-from dpo_fast.pieces import by_completion
 
 
 @dataclass(frozen=True)

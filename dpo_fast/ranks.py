@@ -7,7 +7,6 @@ rank gets as many packs as the one with most has, by empty ones (`level`), whose
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.dealing import deal_groups, mean_to_max
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
 
 
 class _RankBatches(BatchSampler):
@@ -76,16 +75,6 @@ def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> di
     """What `collate` makes of `rows`, if there are any, with the totals also as numbers that stay on the host."""
     batch = collate(rows) if rows else {"packs": [], "totals": torch.zeros(2), "positions": []}
     return {**batch, "host_totals": batch["totals"].tolist()}
-
-
-def empty_pack(
-    layout: Layout, pad_token_id: int = 0, cut: bool = False, groups: int = 1, length: int = 1
-) -> PackedBatch:
-    """A pack that runs through the whole model and adds nothing: groups of `length` tokens after as many, in no
-    comparison."""
-    ids, logps = [pad_token_id] * length, [0.0] * length
-    group = PreferenceGroup(ids, [ids], (), (), ref_logps=[0.0], ref_token_logps=[logps])
-    return dataclasses.replace(pack([group] * groups, layout, pad_token_id, cut), num_tokens=0)
 
 
 def level(

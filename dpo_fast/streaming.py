@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from datasets import Features, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.batches.groups import ComparisonChoice
 from dpo_fast.columns import ACCOUNT, REFERENCE_FIELDS, column_names, group_features, tokenized_features
 from dpo_fast.dealing import deal_groups
 from dpo_fast.formats import PREPARED, detect_format
-from dpo_fast.groups import ComparisonChoice
 from dpo_fast.tokenization import TokenizeRows
 from dpo_fast.truncation import TruncateRows
 

@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from dpo_fast.activations import activations_fit, largest_pack
+from dpo_fast.batches.collator import DPOCollator
+from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
-from dpo_fast.collator import DPOCollator
 from dpo_fast.columns import column_names
 from dpo_fast.compilation import compile_layers
 from dpo_fast.config import DPOConfig
@@ -44,7 +45,6 @@ from dpo_fast.data import DataSummary
 from dpo_fast.dealing import GroupCost, group_lengths
 from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.forward import PackedOutput
-from dpo_fast.groups import PackedBatch
 from dpo_fast.head import head_of
 from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters
 from dpo_fast.machine import keep_freed_memory
@@ -61,7 +61,7 @@ from dpo_fast.models import (
 )
 from dpo_fast.objective import Objective
 from dpo_fast.preparation import map_datasets, prepare_preferences
-from dpo_fast.ranks import empty_pack, level, rows_in_order, share_among_ranks, with_positions
+from dpo_fast.ranks import level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.model import Fingerprint, Reference, weights_memo

@@ -10,8 +10,8 @@ import torch
 
 from dpo_fast import activations, machine
 from dpo_fast.activations import activations_fit, largest_pack, saved_bytes
+from dpo_fast.batches.packing import empty_pack
 from dpo_fast.machine import free_memory
-from dpo_fast.ranks import empty_pack
 from families import tiny_model
 from preferences import logged, make_trainer, pairs, trained
 

@@ -273,7 +273,7 @@ def test_what_stops_the_preparation_costs_one_line(library, capsys, error):
     ("stage", "error"),
     [
         ("init", TypeError("bug")),
-        ("init", ImportError("cannot import", name="dpo_fast.groups")),
+        ("init", ImportError("cannot import", name="dpo_fast.batches.groups")),
         ("train", ValueError("bug in a library")),
         ("train", OSError("disk full")),
         ("train", RuntimeError("bug")),

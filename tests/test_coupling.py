@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.coupling import step_coefficients, step_loss, surrogate
-from dpo_fast.groups import PackedBatch, PreferenceGroup, pack
 from dpo_fast.losses import LossParameters
 from dpo_fast.objective import Objective
 from interpreting import environment

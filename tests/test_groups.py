@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.groups import PreferenceGroup, pack
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import pack
 from dpo_fast_kernels import GatherPlan, gather_rows
 
 token_ids = st.lists(st.integers(3, 90), min_size=1, max_size=9)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dpo_fast.attention import use_shared_prefix
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import pack
 from dpo_fast.forward import add_dpo_forward
-from dpo_fast.groups import PreferenceGroup, pack
 from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, LossParameters
 from dpo_fast.objective import Objective
 from dpo_fast_kernels import SequenceLoss

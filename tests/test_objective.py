@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.collator import DPOCollator
+from dpo_fast.batches.collator import DPOCollator
+from dpo_fast.batches.completion_pieces import cut_completions
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import pack
 from dpo_fast.coupling import step_coefficients
-from dpo_fast.groups import PreferenceGroup, pack
 from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
 from dpo_fast.objective import Objective
-from dpo_fast.pieces import cut_completions
 
 PARAMETERS = LossParameters(0.7)
 

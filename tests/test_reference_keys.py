@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast.groups import PreferenceGroup
+from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.reference import keys as keys_module
 from dpo_fast.reference.keys import CompletionKeys, completion_key, group_keys, key_array, prompt_keys, windows
 

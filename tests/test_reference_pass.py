@@ -15,7 +15,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast.groups import PackedBatch, PreferenceGroup
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import (
     ReferencePass,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.sampler import split_by_tokens
+from dpo_fast.batches.token_budget import split_by_tokens
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(10, 80))

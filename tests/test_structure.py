@@ -17,9 +17,9 @@ KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 # From the bottom to the top. A file may import from its own layer and from those below it.
 LAYERS = (
     {"dpo_fast_kernels"},
-    {"groups", "columns", "pieces", "losses", "objective", "head", "attention", "config", "machine"},
+    {"batches", "columns", "losses", "objective", "head", "attention", "config", "machine"},
     {"data", "formats", "loading", "tokenization", "truncation"}
-    | {"models", "checkpoints", "collator", "coupling", "ranks", "sampler", "dealing", "forward", "fused_linear"}
+    | {"models", "checkpoints", "coupling", "ranks", "dealing", "forward", "fused_linear"}
     | {"activations", "compilation", "engines", "metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
@@ -111,8 +111,8 @@ def test_kernels_know_tensors_only(name):
 def test_the_reader_of_imports_sees_them():
     """Guards the guards: an import that is missed would make every test above pass."""
     assert "dpo_fast.trainer" in GRAPH["dpo_fast.cli"], "an import inside a function is one"
-    assert "dpo_fast_kernels" in GRAPH["dpo_fast.groups"]
-    assert {unit(name) for name in SOURCES} >= {"cli", "trainer", "groups", "demo", "dpo_fast_kernels"}
+    assert "dpo_fast_kernels" in GRAPH["dpo_fast.batches.groups"]
+    assert {unit(name) for name in SOURCES} >= {"cli", "trainer", "batches", "demo", "dpo_fast_kernels"}
 
 
 @pytest.mark.parametrize("name", ["dpo_fast", *sorted(SOURCES)])

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_fast.arguments import TrainArguments
+from dpo_fast.batches.groups import Layout
 from dpo_fast.bench import report
 from dpo_fast.bench.figures import OURS, measured_figures, settings_figures
 from dpo_fast.bench.order import epoch_batches, first_steps
@@ -32,7 +33,6 @@ from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, l
 from dpo_fast.bench.worker import Failure, Job, Report
 from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
-from dpo_fast.groups import Layout
 from dpo_fast.preparation import prepare_preferences
 
 TRIAL_STEPS = 3

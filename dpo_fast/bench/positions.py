@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from dpo_fast.groups import PreferenceGroup, usual_token_positions
+from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
 
 
 class Lengths(NamedTuple):

@@ -16,12 +16,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
 from dpo_fast.config import DPOConfig
 from dpo_fast.data import load_preference_dataset
 from dpo_fast.demo.model import demo_model
 from dpo_fast.demo.report import DemoResult, draw_picture, print_report
 from dpo_fast.demo.samples import draw_samples, sequence_kl
-from dpo_fast.groups import PreferenceGroup, usual_token_positions
 from dpo_fast.trainer import DPOTrainer
 
 DATA = Path(__file__).parent

@@ -9,9 +9,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.batches.packing import pack
 from dpo_fast.demo.reward import sentiment
 from dpo_fast.forward import add_dpo_forward
-from dpo_fast.groups import PreferenceGroup, pack
 
 MAX_NEW_TOKENS = 32
 TEMPERATURE = 0.8  # at 1 a model of this size writes little sense

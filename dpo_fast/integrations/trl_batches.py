@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch, pack
 
 PACKED = "packed"  # where a batch holds its packed form
 # What a batch of pairs consists of; with anything else in it (images, token types) the tokens are not all there is.
@@ -68,7 +69,7 @@ def _pair(chosen: np.ndarray, rejected: np.ndarray, chosen_start: int, rejected_
 
 @dataclass(frozen=True)
 class Packing:
-    """How padded pairs are packed; the arguments of `dpo_fast.groups.pack`."""
+    """How padded pairs are packed; the arguments of `dpo_fast.batches.packing.pack`."""
 
     layout: Layout
     pad_token_id: int

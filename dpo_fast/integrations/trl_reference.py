@@ -15,9 +15,10 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup
+from dpo_fast.batches.completion_pieces import by_completion
+from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.integrations.trl_batches import PackingCollator, by_pair, pair_groups
-from dpo_fast.pieces import by_completion
 from dpo_fast.reference.model import Reference
 
 if TYPE_CHECKING:

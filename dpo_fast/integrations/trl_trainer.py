@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import dpo_trainer
 
-from dpo_fast.groups import Layout, PackedBatch
+from dpo_fast.batches.groups import Layout
+from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, PackingCollator
 from dpo_fast.integrations.trl_forward import answer_padded_rows
 from dpo_fast.integrations.trl_metrics import PendingMetrics

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.reference.compute import Score
 from dpo_fast.reference.keys import group_keys, key_array
 from dpo_fast.reference.store import ReferenceStore

@@ -26,7 +26,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dpo_fast.groups import Layout, PackedBatch, PreferenceGroup, pack
+from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.reference.keys import WINDOW, CompletionKeys, key_array, prompt_keys, windows
 from dpo_fast.reference.store import ReferenceStore
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 if TYPE_CHECKING:  # neither torch nor datasets is needed to ask a store
     from datasets import Dataset
 
-    from dpo_fast.groups import PreferenceGroup
+    from dpo_fast.batches.groups import PreferenceGroup
 
 WINDOW = 16_384  # rows of a dataset that are in memory together; Arrow's lists hold 2³¹ tokens
 COLUMNS = ("prompt_ids", "completion_ids", "context_lengths")

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_fast.groups import Layout, PreferenceGroup, pack
-from dpo_fast.sampler import split_by_tokens
+from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.batches.packing import pack
+from dpo_fast.batches.token_budget import split_by_tokens
 
 
 @dataclass

@@ -1,11 +1,7 @@
-"""The central data types: preference groups, and the packed batch that a model runs on.
-
-A preference group is a prompt, K ≥ 2 completions and the comparisons between them; a DPO pair is the group with K = 2
-and one comparison. `pack` lays groups out for one forward pass, in one of two layouts that share everything after the
-body:
+"""Groups laid out for one forward pass, in one of two layouts that share everything after the body.
 
     shared   one row without padding, `[prompt | completion 1 | … | completion K | next prompt | …]`
-    padded   the usual rows `[prompt | completion | padding]`, one a completion; works for every architecture
+    padded   the usual rows `[prompt | completion | padding]`, one per completion; works for every architecture
 
 Shapes: T packed tokens, N score rows, S completions, C comparisons. Built on the host with NumPy, moved to a device
 once.
@@ -15,64 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.pieces import Pieces, by_completion, cut_completions
+from dpo_fast.batches.completion_pieces import Pieces, by_completion, cut_completions
+from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
-
-Layout = Literal["shared", "padded"]
-ComparisonChoice = Literal["all_pairs", "best_vs_rest", "best_vs_worst"]
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceGroup:
-    """One prompt, its completions and what is known about their order.
-
-    Attributes:
-        prompt_ids: token ids that all completions continue; may be empty.
-        completion_ids: token ids of each completion, K of them.
-        comparisons: (winner, loser) pairs of indices into `completion_ids`.
-        comparison_weights: one non-negative weight a comparison.
-        context_lengths: how many leading tokens of each completion are context that is read but not scored. Zero unless
-            truncation from the left cut the completions' prompts differently, so that they no longer share one.
-        ref_logps: reference log-prob of each completion, in nats, where it is known.
-        ref_token_logps: reference log-prob of each scored token of each completion, where a loss needs parts of them.
-        comparison_offsets: by how much the winner's reward β(ℓ − ℓ_ref) should exceed the loser's, one a comparison,
-            where the data say so (ODPO, arXiv 2402.10571).
-        completion_scores: score of each completion, higher is better, where the data rank completions so.
-    """
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[Sequence[int]]
-    comparisons: Sequence[tuple[int, int]] = ((0, 1),)
-    comparison_weights: Sequence[float] = (1.0,)
-    context_lengths: Sequence[int] | None = None
-    ref_logps: Sequence[float] | None = None
-    ref_token_logps: Sequence[Sequence[float]] | None = None
-    comparison_offsets: Sequence[float] | None = None
-    completion_scores: Sequence[float] | None = None
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> PreferenceGroup:
-        """Reads a row of a tokenised dataset (columns named as the attributes)."""
-        return cls(**{field.name: row[field.name] for field in dataclasses.fields(cls) if field.name in row})
-
-    @property
-    def contexts(self) -> Sequence[int]:
-        return self.context_lengths or [0] * len(self.completion_ids)
-
-    def num_tokens(self, layout: Layout = "shared") -> int:
-        """Token positions that this group occupies when it is packed alone."""
-        lengths = [len(ids) for ids in self.completion_ids]
-        if layout == "shared":
-            return len(self.prompt_ids) + sum(lengths)
-        return (len(self.prompt_ids) + max(lengths)) * len(lengths)
 
 
 @dataclass
@@ -241,12 +190,6 @@ def _joined(groups: Sequence[PreferenceGroup], field: str, counts: Sequence[int]
     return torch.from_numpy(np.concatenate([np.asarray(part, np.float32) for part in parts]))
 
 
-def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:
-    """Token positions that a batch would take without packing: two rows a comparison, padded to the longest row."""
-    rows = 2 * sum(len(group.comparisons) for group in groups)
-    return rows * max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
-
-
 Body = tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]  # fields of the batch; score rows, their targets
 
 
@@ -310,3 +253,13 @@ def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> Body:
 def _first_scored(prompt_length: int, context: int) -> int:
     """Index of a completion's first scored token: nothing predicts the very first token of a sequence."""
     return max(context, 0 if prompt_length else 1)
+
+
+def empty_pack(
+    layout: Layout, pad_token_id: int = 0, cut: bool = False, groups: int = 1, length: int = 1
+) -> PackedBatch:
+    """A pack that runs through the whole model and adds nothing: groups of `length` tokens after as many, in no
+    comparison."""
+    ids, logps = [pad_token_id] * length, [0.0] * length
+    group = PreferenceGroup(ids, [ids], (), (), ref_logps=[0.0], ref_token_logps=[logps])
+    return dataclasses.replace(pack([group] * groups, layout, pad_token_id, cut), num_tokens=0)

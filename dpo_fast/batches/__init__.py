@@ -1,0 +1,1 @@
+"""Preference groups, and the packed batches that a model runs on."""
