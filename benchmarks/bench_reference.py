@@ -113,8 +113,8 @@ def _arguments(options: argparse.Namespace, folder: str, name: str) -> dict[str,
 def _rows(options: argparse.Namespace):
     from datasets import Dataset
 
-    from dpo_fast.formats import detect_format
-    from dpo_fast.loading import load_preference_dataset
+    from dpo_fast.data.formats import detect_format
+    from dpo_fast.data.loading import load_preference_dataset
 
     dataset = load_preference_dataset(options.dataset, split="train")
     read = detect_format(dataset.column_names).read

@@ -116,6 +116,7 @@ def second_pass(repeats: int) -> dict[str, Any]:
     import pyarrow as pa
     from datasets import Dataset
 
+    from dpo_fast.data.columns import token_tables
     from dpo_fast.reference.compute import ReferencePass, with_reference_logps
     from dpo_fast.reference.keys import CompletionKeys
 
@@ -135,10 +136,10 @@ def second_pass(repeats: int) -> dict[str, Any]:
         dataset = Dataset.load_from_disk(f"{root}/rows")  # mapped, as what a run prepares is
         known = [np.full(1, -float(number), np.float32) for number in range(2 * pairs)]
         with ReferenceStore(root, DESCRIPTION) as store:
-            store.add(CompletionKeys.of_dataset(dataset).values, known)
+            store.add(CompletionKeys.of_tables(token_tables(dataset)).values, known)
         for _ in range(repeats):
             began = time.perf_counter()
-            store, keys = ReferenceStore(root, DESCRIPTION), CompletionKeys.of_dataset(dataset)
+            store, keys = ReferenceStore(root, DESCRIPTION), CompletionKeys.of_tables(token_tables(dataset))
             ReferencePass(store, score=_nothing_to_score, layout="shared").over(dataset, keys, "train")
             found = with_reference_logps(dataset, keys, store)
             seconds.append(time.perf_counter() - began)

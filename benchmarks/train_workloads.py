@@ -101,8 +101,8 @@ def dataset_groups(
     Raises:
         ValueError: the dataset has fewer usable ones.
     """
-    from dpo_fast.data import prepare_dataset
-    from dpo_fast.loading import load_preference_dataset
+    from dpo_fast.data.loading import load_preference_dataset
+    from dpo_fast.data.prepare import prepare_dataset
 
     dataset = load_preference_dataset(name)
     if isinstance(dataset, DatasetDict):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dpo_fast.batches.groups import PreferenceGroup
     from dpo_fast.batches.packing import PackedBatch, pack
     from dpo_fast.config import DPOConfig
-    from dpo_fast.data import load_preference_dataset, prepare_dataset
+    from dpo_fast.data.loading import load_preference_dataset
+    from dpo_fast.data.prepare import prepare_dataset
     from dpo_fast.forward import PackedOutput, add_dpo_forward
     from dpo_fast.fused_linear import FusedLinearDPOLoss
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
@@ -32,7 +33,8 @@ _MODULES = {
     "batches.groups": ("PreferenceGroup",),
     "batches.packing": ("PackedBatch", "pack"),
     "config": ("DPOConfig",),
-    "data": ("load_preference_dataset", "prepare_dataset"),
+    "data.loading": ("load_preference_dataset",),
+    "data.prepare": ("prepare_dataset",),
     "forward": ("PackedOutput", "add_dpo_forward"),
     "fused_linear": ("FusedLinearDPOLoss",),
     "integrations.trl": ("patch_trl", "unpatch_trl"),

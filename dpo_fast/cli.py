@@ -41,7 +41,7 @@ def check_paths(arguments: TrainArguments) -> None:
         ValueError: naming the argument and the path.
     """
     from dpo_fast.checkpoints import find_checkpoint
-    from dpo_fast.loading import looks_local
+    from dpo_fast.data.loading import looks_local
     from dpo_fast.models import check_model_path
 
     check_model_path(arguments.model.model_name_or_path, arguments.config.model_init_kwargs)
@@ -116,8 +116,8 @@ def prepare(
     if needs_launcher(arguments):
         launch(arguments, command or ("train", *argv))
 
-    from dpo_fast.data import load_preference_dataset
-    from dpo_fast.formats import detect_format
+    from dpo_fast.data.formats import detect_format
+    from dpo_fast.data.loading import load_preference_dataset
     from dpo_fast.trainer import DPOTrainer
 
     data, model, config = arguments.data, arguments.model, arguments.config
@@ -187,7 +187,7 @@ def score(argv: list[str]) -> int:
     if needs_launcher(arguments):
         launch(arguments, ("score", *argv))
 
-    from dpo_fast.data import load_preference_dataset
+    from dpo_fast.data.loading import load_preference_dataset
 
     dataset = load_preference_dataset(arguments.data.dataset_name, config_name=arguments.data.dataset_config)
     return score_command.score(options, arguments, _split(dataset, options.split, "--split"))
@@ -204,7 +204,7 @@ def bench(argv: list[str]) -> int:
     check_paths(arguments)
     command.check(options, arguments)
 
-    from dpo_fast.data import load_preference_dataset
+    from dpo_fast.data.loading import load_preference_dataset
 
     dataset = load_preference_dataset(arguments.data.dataset_name, config_name=arguments.data.dataset_config)
     split = _split(dataset, arguments.data.dataset_train_split, "--dataset_train_split")

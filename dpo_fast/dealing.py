@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 
 from dpo_fast.batches.token_budget import deal, longest_first
+from dpo_fast.data.columns import token_tables
 from dpo_fast.models import vocabulary_size
-from dpo_fast.reference.keys import windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ class GroupCost:
 
 def group_lengths(dataset: Dataset) -> Iterator[tuple[int, list[int]]]:
     """Yields the tokens of the prompt and of the completions of every group of a tokenised dataset."""
-    for table in windows(dataset):
+    for table in token_tables(dataset):
         lengths = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
         counts = pc.list_value_length(table["completion_ids"]).to_pylist()
         for prompt, count in zip(pc.list_value_length(table["prompt_ids"]).to_pylist(), counts, strict=True):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo_fast.attention import use_shared_prefix
 from dpo_fast.batches.groups import Layout
 from dpo_fast.config import DPOConfig, tensor_parallel_refusal
+from dpo_fast.data.loading import looks_local
 from dpo_fast.forward import add_dpo_forward
-from dpo_fast.loading import looks_local
 
 logger = logging.getLogger(__name__)
 

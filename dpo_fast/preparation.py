@@ -12,9 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import DataSummary, prepare_dataset
+from dpo_fast.data.prepare import DataSummary, prepare_dataset, prepare_stream
 from dpo_fast.losses import SORTED, WITH_OFFSETS, heeds
-from dpo_fast.streaming import prepare_stream
 
 
 def prepare_preferences(

@@ -16,9 +16,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import DataSummary
+from dpo_fast.data.columns import REFERENCE_FIELDS
+from dpo_fast.data.prepare import DataSummary
 from dpo_fast.models import disable_dropout, prepare_forward, vocabulary_size
 from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.model import Reference
@@ -73,7 +73,7 @@ def implicit_rewards(
 
     Args:
         model: the trained policy.
-        dataset: rows in any format of `dpo_fast.data`.
+        dataset: rows in any format of `dpo_fast.data.prepare`.
         tokenizer: the model's.
         config: its beta, max_length, truncation_mode, comparisons, precision, layout and reference_cache_dir count.
         ref_model: what the policy was trained against; None for the policy without its adapter.

@@ -37,11 +37,11 @@ from dpo_fast.activations import activations_fit, largest_pack
 from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
-from dpo_fast.columns import column_names
 from dpo_fast.compilation import compile_layers
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
-from dpo_fast.data import DataSummary
+from dpo_fast.data.columns import column_names
+from dpo_fast.data.prepare import DataSummary
 from dpo_fast.dealing import GroupCost, group_lengths
 from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.forward import PackedOutput
@@ -83,7 +83,7 @@ class DPOTrainer(Trainer):
             is used for one pass up front and not kept.
         args: a `DPOConfig`.
         data_collator: replaces `DPOCollator`; takes tokenised rows, returns a dict as `DPOCollator` does.
-        train_dataset: rows in any format of `dpo_fast.data`.
+        train_dataset: rows in any format of `dpo_fast.data.prepare`.
             A stream (`IterableDataset`) too: its references are computed as its rows come.
         eval_dataset: likewise, or a dict of datasets.
         processing_class: the tokenizer; None loads the model's.

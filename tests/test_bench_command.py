@@ -24,7 +24,7 @@ from dpo_fast.bench.settings import Setting, Trial, fastest, try_settings
 from dpo_fast.bench.turns import Side, SideError, check_losses, compare, loss_tolerance
 from dpo_fast.bench.worker import Failure, Job, Report
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import prepare_dataset
+from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_model, tiny_tokenizer
 from preferences import pairs
 from test_bench_positions import GROUPS, prepared

@@ -9,7 +9,7 @@ from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.bench.order import epoch_batches, first_steps
 from dpo_fast.bench.positions import count_positions, outlines
-from dpo_fast.data import prepare_dataset
+from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_tokenizer
 from preferences import make_trainer, pairs
 

@@ -59,7 +59,7 @@ def library(monkeypatch):
         def end(self):
             record.calls.append("end")
 
-    monkeypatch.setattr("dpo_fast.data.load_preference_dataset", load_preference_dataset)
+    monkeypatch.setattr("dpo_fast.data.loading.load_preference_dataset", load_preference_dataset)
     monkeypatch.setattr("dpo_fast.trainer.DPOTrainer", DPOTrainer)
     return record
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.batches.groups import PreferenceGroup
-from dpo_fast.data import DataSummary, load_preference_dataset, prepare_dataset
-from dpo_fast.formats import comparisons_from_scores
-from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.truncation import OPTIONAL_FIELDS, truncate
+from dpo_fast.data.formats import comparisons_from_scores
+from dpo_fast.data.loading import load_preference_dataset
+from dpo_fast.data.prepare import DataSummary, prepare_dataset
+from dpo_fast.data.tokenization import TokenizeRows
+from dpo_fast.data.truncation import OPTIONAL_FIELDS, truncate
 from tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

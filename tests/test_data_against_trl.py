@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.data import prepare_dataset
+from dpo_fast.data.prepare import prepare_dataset
 from tiny_tokenizers import byte_tokenizer
 
 trl = pytest.importorskip("trl")

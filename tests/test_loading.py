@@ -6,8 +6,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from dpo_fast import loading
-from dpo_fast.loading import load_preference_dataset
+from dpo_fast.data import loading
+from dpo_fast.data.loading import load_preference_dataset
 
 PAIRS = [{"prompt": prompt, "chosen": " blue.", "rejected": " green."} for prompt in ("The sky is", "The sea is")]
 

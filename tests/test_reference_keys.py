@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.batches.groups import PreferenceGroup
-from dpo_fast.reference import keys as keys_module
-from dpo_fast.reference.keys import CompletionKeys, completion_key, group_keys, key_array, prompt_keys, windows
+from dpo_fast.data import columns
+from dpo_fast.data.columns import token_tables
+from dpo_fast.reference.keys import CompletionKeys, completion_key, group_keys, key_array, prompt_keys
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 
@@ -37,9 +38,9 @@ def one_by_one(rows) -> np.ndarray:
 def test_keys_of_columns_are_those_of_completions(rows, window):
     dataset = Dataset.from_list(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys_module, "WINDOW", window)
-        found = CompletionKeys.of_dataset(dataset)
-        prompts = [key for table in windows(dataset) for key in prompt_keys(table)]
+        patch.setattr(columns, "WINDOW", window)
+        found = CompletionKeys.of_tables(token_tables(dataset))
+        prompts = [key for table in token_tables(dataset) for key in prompt_keys(table)]
     assert np.array_equal(found.values, one_by_one(rows))
     assert np.diff(found.bounds).tolist() == [len(row["completion_ids"]) for row in rows]
     assert prompts == [completion_key(row["prompt_ids"], ()) for row in rows]
@@ -52,8 +53,10 @@ def test_keys_of_columns_are_those_of_completions(rows, window):
 def test_rows_that_were_chosen_and_columns_of_other_types():
     rows = [{"prompt_ids": [k], "completion_ids": [[k, 1], [2]], "more": str(k)} for k in range(9)]
     dataset = Dataset.from_list(rows).select([7, 2, 2])  # int64 ids, an index over the rows
-    assert np.array_equal(CompletionKeys.of_dataset(dataset).values, one_by_one([rows[7], rows[2], rows[2]]))
-    assert CompletionKeys.of_dataset(dataset.select([])).values.shape == (0, 2)
+    assert np.array_equal(
+        CompletionKeys.of_tables(token_tables(dataset)).values, one_by_one([rows[7], rows[2], rows[2]])
+    )
+    assert CompletionKeys.of_tables(token_tables(dataset.select([]))).values.shape == (0, 2)
 
 
 def test_where_the_completion_begins_counts():

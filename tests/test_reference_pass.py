@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch
+from dpo_fast.data.columns import token_tables
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import (
     ReferencePass,
@@ -68,7 +69,7 @@ def rows(count: int, seed: int = 0, completions: int = 2) -> Dataset:
 
 
 def with_stored(dataset: Dataset, store: ReferenceStore, column: str = "ref_logps") -> Dataset:
-    return with_reference_logps(dataset, CompletionKeys.of_dataset(dataset), store, column)
+    return with_reference_logps(dataset, CompletionKeys.of_tables(token_tables(dataset)), store, column)
 
 
 def expected(dataset: Dataset) -> list[list[float]]:
@@ -77,7 +78,7 @@ def expected(dataset: Dataset) -> list[list[float]]:
 
 def run(dataset: Dataset, store: ReferenceStore, model: Model, **options) -> ReferencePass:
     reference = ReferencePass(store, model, layout="shared", max_tokens=options.pop("max_tokens", 100), **options)
-    reference.over(dataset, CompletionKeys.of_dataset(dataset), "train")
+    reference.over(dataset, CompletionKeys.of_tables(token_tables(dataset)), "train")
     return reference
 
 
@@ -194,7 +195,7 @@ def test_an_interrupted_pass_ends_with_the_same_bits(tmp_path_factory, batches):
     rest = Model()
     run(dataset.shuffle(seed=3), cut, rest)
     assert rest.completions >= 120 - whole.computed
-    keys = CompletionKeys.of_dataset(dataset).values
+    keys = CompletionKeys.of_tables(token_tables(dataset)).values
     assert np.array_equal(whole.lookup(keys)[1], cut.lookup(keys)[1])
 
 
@@ -325,7 +326,7 @@ def test_a_pass_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path):
     assert kills > 10, "of a pass that takes seconds"
     whole, killed = ReferenceStore(tmp_path / "whole", {}), ReferenceStore(root, {})
     run(rows(250), whole, Model())
-    keys = CompletionKeys.of_dataset(rows(250)).values
+    keys = CompletionKeys.of_tables(token_tables(rows(250))).values
     assert np.array_equal(whole.lookup(keys)[1], killed.lookup(keys)[1])
     tokens = zip(whole.token_logps(keys), killed.token_logps(keys), strict=True)
     assert all(np.array_equal(one, other) for one, other in tokens)

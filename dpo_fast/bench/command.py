@@ -31,8 +31,8 @@ from dpo_fast.bench.positions import count_positions, outlines
 from dpo_fast.bench.settings import Setting, try_settings
 from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, loss_tolerance, one_after_another
 from dpo_fast.bench.worker import Failure, Job, Report
-from dpo_fast.columns import REFERENCE_FIELDS
 from dpo_fast.config import DPOConfig
+from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.preparation import prepare_preferences
 
 TRIAL_STEPS = 3

@@ -12,7 +12,7 @@ from dpo_fast.bench.positions import Lengths, Positions, SharedPrompts
 from dpo_fast.bench.settings import Trial
 from dpo_fast.bench.worker import Report
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import DataSummary
+from dpo_fast.data.prepare import DataSummary
 
 NAMES = {"dpo_fast": "dpo_fast", "padded": "dpo_fast padded", "trl": "TRL 1.16"}
 

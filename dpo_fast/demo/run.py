@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import load_preference_dataset
+from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.demo.model import demo_model
 from dpo_fast.demo.report import DemoResult, draw_picture, print_report
 from dpo_fast.demo.samples import draw_samples, sequence_kl

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
-from dpo_fast.reference.keys import WINDOW, CompletionKeys, key_array, prompt_keys, windows
+from dpo_fast.data.columns import WINDOW, token_tables
+from dpo_fast.reference.keys import CompletionKeys, key_array, prompt_keys
 from dpo_fast.reference.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class ReferencePass:
                 log-probs are NaN.
         """
         start = 0
-        for rows in windows(dataset):
+        for rows in token_tables(dataset):
             stop = start + len(rows)
             self.run(rows, keys.window(start, stop), name)
             start = stop

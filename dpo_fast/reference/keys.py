@@ -6,20 +6,15 @@ blake2b(int64 prompt length + context length, int32 token ids of the prompt and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-if TYPE_CHECKING:  # neither torch nor datasets is needed to ask a store
-    from datasets import Dataset
-
+if TYPE_CHECKING:  # PyTorch is not needed to ask a store
     from dpo_fast.batches.groups import PreferenceGroup
-
-WINDOW = 16_384  # rows of a dataset that are in memory together; Arrow's lists hold 2³¹ tokens
-COLUMNS = ("prompt_ids", "completion_ids", "context_lengths")
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], context_length: int = 0) -> bytes:
@@ -64,8 +59,8 @@ class CompletionKeys:
     bounds: np.ndarray
 
     @classmethod
-    def of_dataset(cls, dataset: Dataset) -> CompletionKeys:
-        parts = [cls.of_table(table) for table in windows(dataset)]
+    def of_tables(cls, tables: Iterable[pa.Table]) -> CompletionKeys:
+        parts = [cls.of_table(table) for table in tables]
         values = np.concatenate([np.zeros((0, 2), np.uint64), *(part.values for part in parts)])
         counts = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.bounds) for part in parts)])
         return cls(values, np.cumsum(counts))
@@ -105,14 +100,6 @@ def prompt_keys(table: pa.Table) -> list[bytes]:
     ids, bounds = _numbers(_array(table["prompt_ids"])), _bounds(_array(table["prompt_ids"]))
     prompts = (ids[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False))
     return [_started(len(prompt), prompt).digest() for prompt in prompts]
-
-
-def windows(dataset: Dataset) -> Iterator[pa.Table]:
-    """The columns that keys and batches are made of, of all rows, some at a time."""
-    columns = [column for column in COLUMNS if column in dataset.column_names]
-    rows = dataset.select_columns(columns).with_format("arrow")
-    for start in range(0, len(rows), WINDOW):
-        yield rows[start : start + WINDOW]
 
 
 def _contexts(table: pa.Table, groups: pa.ListArray) -> list[int]:

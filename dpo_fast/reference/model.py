@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, empty_pack
+from dpo_fast.data.columns import COLUMNS, token_tables
 from dpo_fast.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
 from dpo_fast.machine import cache_dir
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
 from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
-from dpo_fast.reference.keys import COLUMNS, CompletionKeys
+from dpo_fast.reference.keys import CompletionKeys
 from dpo_fast.reference.store import ReferenceStore
 from dpo_fast_kernels import attention_backend
 
@@ -190,7 +191,7 @@ class Reference:
 
     def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
         """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
-        keys, run = CompletionKeys.of_dataset(dataset), self._pass()
+        keys, run = CompletionKeys.of_tables(token_tables(dataset)), self._pass()
         with on_device(self.model, self._accelerator.device) if self.model else contextlib.nullcontext():
             run.over(dataset, keys, name)
             self._check(run.report.known)
@@ -224,7 +225,7 @@ class Reference:
         """
         if isinstance(dataset, IterableDataset):
             raise ValueError("dataset: the rows of a stream are not known yet; give a dataset")
-        return self._with_stored(dataset, CompletionKeys.of_dataset(dataset))
+        return self._with_stored(dataset, CompletionKeys.of_tables(token_tables(dataset)))
 
     def _with_stored(self, dataset: Dataset, keys: CompletionKeys) -> Dataset:
         self.store.refresh()

@@ -14,12 +14,9 @@ max_length and comparisons.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,25 +24,25 @@ from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.columns import ACCOUNT, OPTIONAL_FIELDS, REFERENCE_FIELDS, group_features, tokenized_features
-from dpo_fast.formats import PREPARED, Format, detect_format
-from dpo_fast.loading import load_preference_dataset
-from dpo_fast.tokenization import TokenizeRows
-from dpo_fast.truncation import (
-    CODE,
+from dpo_fast.data.columns import (
+    ACCOUNT,
+    REFERENCE_FIELDS,
+    column_names,
+    group_features,
+    tokenized_features,
+)
+from dpo_fast.data.formats import PREPARED, Format, detect_format
+from dpo_fast.data.merging import merge_by_prompt
+from dpo_fast.data.tokenization import TokenizeRows
+from dpo_fast.data.truncation import (
     COMPARISON_CHOICES,
     TRUNCATION_MODES,
     TruncateRows,
-    choose_comparisons,
-    group_from_row,
 )
-
-__all__ = ["DataSummary", "load_preference_dataset", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache key of merged rows: `datasets` hashes an importable class by its name, not by its code.
-_CODE = hashlib.blake2b(Path(__file__).read_bytes() + CODE.encode()).hexdigest()
+ROWS_AHEAD = 64  # rows of a stream that are tokenised together, and those of a rank that the reference scores together
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def prepare_dataset(
     A dataset of prepared groups passes through: only what exceeds `max_length` is cut.
 
     Args:
-        dataset: one split, map-style, in a format that `dpo_fast.formats` describes.
+        dataset: one split, map-style, in a format that `dpo_fast.data.formats` describes.
         tokenizer: the model's. Plain text needs its `eos_token`, conversations its `chat_template`.
         max_length: most tokens of prompt+completion, at least 2. None keeps everything.
         truncation_mode: `keep_start` or `keep_end` of prompt+completion.
@@ -125,7 +122,7 @@ def prepare_dataset(
         rows = _tokenize(rows, tokenizer, source, num_proc, name)
     choice = "all_pairs" if source is PREPARED else comparisons
     if group_by_prompt:
-        rows, choice = _merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
+        rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
     step = TruncateRows(
         max_length=max_length,
         truncation_mode=truncation_mode,
@@ -167,7 +164,7 @@ def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str,
     if isinstance(dataset, IterableDataset | IterableDatasetDict):
         raise ValueError(
             f"dataset: the {name} dataset is a stream ({type(dataset).__name__}); take "
-            "dpo_fast.streaming.prepare_stream, or load it without streaming=True"
+            "dpo_fast.data.prepare.prepare_stream, or load it without streaming=True"
         )
     if not isinstance(dataset, Dataset):
         splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
@@ -210,74 +207,6 @@ def _tokenize(
     return tokenized.remove_columns("lost_prompt")
 
 
-class _MergeRows:
-    """The first row of a set of rows → their union: equal completions once, weights of equal comparisons added up.
-
-    Comparisons that should have different margins are different. A completion's score is the mean of those it has.
-    """
-
-    def __init__(self, rows: Dataset, members: list[list[int]], comparisons: ComparisonChoice, name: str):
-        self.rows, self.members, self.comparisons, self.name, self.code = rows, members, comparisons, name, _CODE
-
-    def __call__(self, first: dict[str, Any], index: int) -> dict[str, Any]:
-        completions: dict[tuple[int, ...], int] = {}
-        references: dict[str, list] = {column: [] for column in REFERENCE_FIELDS}
-        scores: dict[int, list[float]] = defaultdict(list)
-        weights: dict[tuple[int, int, float], float] = defaultdict(float)
-        for member in self.members[index]:
-            group = group_from_row(self.rows[member], f"{self.name} dataset, row {member}")
-            group = choose_comparisons(group, self.comparisons)
-            place = []
-            for k, (context, ids) in enumerate(zip(group.contexts, group.completion_ids, strict=True)):
-                key = (context, *ids)
-                for column, values in references.items():
-                    if key not in completions and getattr(group, column) is not None:
-                        values.append(getattr(group, column)[k])
-                place.append(completions.setdefault(key, len(completions)))
-                if group.completion_scores is not None:
-                    scores[place[k]].append(group.completion_scores[k])
-            offsets = group.comparison_offsets or [0.0] * len(group.comparisons)
-            known = zip(group.comparisons, group.comparison_weights, offsets, strict=True)
-            for (winner, loser), weight, offset in known:
-                weights[place[winner], place[loser], offset] += weight
-        merged = {
-            "prompt_ids": first["prompt_ids"],
-            "completion_ids": [ids for _, *ids in completions],
-            "comparisons": [(winner, loser) for winner, loser, _ in weights],
-            "comparison_weights": list(weights.values()),
-            "context_lengths": [context for context, *_ in completions],
-            **references,
-            "comparison_offsets": [offset for *_, offset in weights],
-            "completion_scores": [fmean(scores[k]) for k in sorted(scores)],
-        }
-        return {column: values for column, values in merged.items() if column not in OPTIONAL_FIELDS or column in first}
-
-
-def _merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int | None, name: str) -> Dataset:
-    """Groups with the same prompt as one, in the order of their first appearance.
-
-    Rows without comparisons stay apart, to be counted as dropped; rows without a shared prompt have nothing to share.
-    """
-    members: dict[Any, list[int]] = defaultdict(list)
-    columns = [column for column in ("prompt_ids", "comparisons", "context_lengths") if column in rows.column_names]
-    for index, row in enumerate(rows.select_columns(columns)):
-        alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
-        digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
-        members[index if alone else digest].append(index)
-    supplied = [field for field in REFERENCE_FIELDS if field in rows.column_names]
-    if len(members) < len(rows) and supplied:
-        logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
-        rows = rows.remove_columns(supplied)
-    return rows.select([group[0] for group in members.values()]).map(
-        _MergeRows(rows, list(members.values()), comparisons, name),
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=group_features(rows.column_names),
-        num_proc=num_proc,
-        desc=f"Merging prompts of {name} dataset",
-    )
-
-
 def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
     """The summary, and the rows that hold a group."""
     table = truncated.select_columns(["completion_ids", "comparisons", *ACCOUNT]).with_format("arrow")
@@ -309,3 +238,57 @@ def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
 
 def _listed(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
+
+
+def prepare_stream(
+    dataset: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    comparisons: ComparisonChoice = "all_pairs",
+    vocab_size: int | None = None,
+    name: str = "train",
+) -> IterableDataset:
+    """Does to a stream what `data.prepare_dataset` does to a dataset, row by row; the arguments are the same.
+
+    Raises:
+        ValueError: the columns make no known format. While the stream is read, also a row that is not as described, or
+            one that was cut although it brings reference log-probs.
+    """
+    columns = column_names(dataset)
+    if not columns:
+        raise ValueError(f"dataset: the {name} stream has no rows; it must have at least one")
+    source = detect_format(columns)
+    rows = dataset.select_columns([column for column in columns if column in source.columns])
+    if source is not PREPARED:
+        rows = rows.map(
+            TokenizeRows(tokenizer, source, name),
+            batched=True,
+            batch_size=ROWS_AHEAD,
+            with_indices=True,
+            remove_columns=[column for column in columns if column in source.columns],
+            features=tokenized_features(columns),
+        )
+        rows = rows.remove_columns("lost_prompt")
+    step = TruncateRows(
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        comparisons="all_pairs" if source is PREPARED else comparisons,
+        vocab_size=vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        name=name,
+    )
+    features = group_features(rows.column_names or columns)
+    rows = rows.map(step, batched=True, batch_size=ROWS_AHEAD, with_indices=True, features=Features(features | ACCOUNT))
+    return rows.filter(_is_usable).remove_columns(list(ACCOUNT))
+
+
+def _is_usable(row: dict[str, Any]) -> bool:
+    supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
+    if row["comparisons"] and row["truncated"] and supplied:
+        raise ValueError(
+            "ref_chosen_logps: a row of the stream was cut to max_length, and its reference log-probs are those of the "
+            "whole; raise max_length, or leave the columns out to have them computed"
+        )
+    return bool(row["comparisons"])

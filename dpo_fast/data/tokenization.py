@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast import formats
-from dpo_fast.formats import Example, Format, Row, row_offset, row_weight
+from dpo_fast.data import formats
+from dpo_fast.data.formats import Example, Format, Row, row_offset, row_weight
 
 # Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
 _CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(formats.__file__).read_bytes()).hexdigest()

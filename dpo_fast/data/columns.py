@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from dpo_fast.batches.groups import PreferenceGroup
 
+WINDOW = 16_384  # rows of a dataset that are in memory together; Arrow's lists hold 2³¹ tokens
+COLUMNS = ("prompt_ids", "completion_ids", "context_lengths")
 FIELDS = tuple(field.name for field in fields(PreferenceGroup))
 REFERENCE_FIELDS = ("ref_logps", "ref_token_logps")
 # In all rows of a dataset, or in none.
@@ -48,3 +51,11 @@ def tokenized_features(columns: Collection[str]) -> Features:
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """Names of the columns; a stream that does not know them shows its first row."""
     return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def token_tables(dataset: Dataset) -> Iterator[pa.Table]:
+    """The columns that keys and batches are made of, of all rows, some at a time."""
+    columns = [column for column in COLUMNS if column in dataset.column_names]
+    rows = dataset.select_columns(columns).with_format("arrow")
+    for start in range(0, len(rows), WINDOW):
+        yield rows[start : start + WINDOW]

@@ -18,8 +18,8 @@ import numpy as np
 
 from dpo_fast.batches import groups
 from dpo_fast.batches.groups import ComparisonChoice, PreferenceGroup
-from dpo_fast.columns import FIELDS, OPTIONAL_FIELDS, REFERENCE_FIELDS
-from dpo_fast.formats import is_finite
+from dpo_fast.data.columns import FIELDS, OPTIONAL_FIELDS, REFERENCE_FIELDS
+from dpo_fast.data.formats import is_finite
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 COMPARISON_CHOICES = get_args(ComparisonChoice)

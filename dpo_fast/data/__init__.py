@@ -1,0 +1,1 @@
+"""Rows of any accepted format become tokenised preference groups."""
