@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
 from dpo_fast.losses import LOSSES, SMOOTHED, LossParameters
-from dpo_fast.objective import Objective
+from dpo_fast.losses.objective import Objective
 from dpo_fast_kernels import SequenceLoss
 
 PROMPT, CHOSEN, REJECTED = 120, 200, 220

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from dpo_fast.fused_linear import FusedLinearDPOLoss
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
+    from dpo_fast.losses.objective import Objective
     from dpo_fast.models import disable_dropout
-    from dpo_fast.objective import Objective
     from dpo_fast.reference.model import Reference
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
@@ -39,8 +39,8 @@ _MODULES = {
     "fused_linear": ("FusedLinearDPOLoss",),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
+    "losses.objective": ("Objective",),
     "models": ("disable_dropout",),
-    "objective": ("Objective",),
     "reference.model": ("Reference",),
     "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),

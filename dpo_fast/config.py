@@ -7,14 +7,14 @@ help) and `logging_nan_inf_filter`.
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, heeds, named_loss
+from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, LossParameters, named_loss
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
@@ -275,6 +275,11 @@ class DPOConfig(TrainingArguments):
             )
 
     @property
+    def loss_parameters(self) -> LossParameters:
+        """What the losses are tuned by."""
+        return LossParameters(**{field.name: getattr(self, field.name) for field in fields(LossParameters)})
+
+    @property
     def loss_mix(self) -> dict[str, float]:
         """Weight of every loss by its name, with what `rpo_alpha` adds."""
         mix: dict[str, float] = {}
@@ -321,7 +326,6 @@ class DPOConfig(TrainingArguments):
             "truncation_mode": TruncationMode,
             "comparisons": ComparisonChoice,
             "layout": LayoutChoice,
-            "f_divergence_type": FDivergence,
             "couple": CoupleChoice,
         }
         for name, choice in choices.items():
@@ -340,8 +344,6 @@ class DPOConfig(TrainingArguments):
             )
 
     def _check_loss(self) -> None:
-        if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta <= 0:
-            raise ValueError(f"beta={self.beta!r} must be a finite number above 0; 0.1 is the usual choice.")
         if not self.loss_type:
             raise ValueError(f"loss_type={self.loss_type!r} must name at least one loss of {sorted(LOSSES)}.")
         self.loss_type = [named_loss(loss) for loss in self.loss_type]
@@ -353,46 +355,20 @@ class DPOConfig(TrainingArguments):
                 )
             if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.loss_weights):
                 raise ValueError(f"loss_weights={self.loss_weights!r} must be finite numbers; correct the odd one out.")
-        for name in ("rpo_alpha", "simpo_gamma", "beta_dpo_alpha"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
-                raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
+        self.loss_parameters.check(self.loss_type)
+        if self.rpo_alpha is not None and (
+            not isinstance(self.rpo_alpha, int | float) or not 0 <= self.rpo_alpha < math.inf
+        ):
+            raise ValueError(f"rpo_alpha={self.rpo_alpha!r} must be a finite number, 0 or more.")
         if self.ld_alpha is not None and (not isinstance(self.ld_alpha, int | float) or not 0 <= self.ld_alpha <= 1):
             raise ValueError(
                 f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None; the paper takes 0.3 to 0.6 "
                 "for instruct models."
             )
-        if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} must lie in [0, 0.5): it is the share of flipped labels. "
-                "Use 0 for labels that are right."
-            )
-        if self.label_smoothing and not any(heeds(name, SMOOTHED) for name in self.loss_type):
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} means nothing to loss_type={self.loss_type}; set it to 0, "
-                f"or choose from {list(SMOOTHED)}."
-            )
         if self.use_weighting and set(self.loss_type) & set(COUPLED):
             raise ValueError(
                 f"use_weighting=True does not go with {list(COUPLED)}, which look at a whole step before its pairs can "
                 f"be weighed; turn it off, or leave them out of loss_type={self.loss_type}."
-            )
-        if "aot" in self.loss_type and self.f_divergence_type != "reverse_kl":
-            raise ValueError(
-                f"f_divergence_type={self.f_divergence_type!r} has no ratio to score in 'aot', which sorts the "
-                "margins of policy and reference apart; take 'aot_unpaired', or 'reverse_kl'."
-            )
-        if "exo_pair" in self.loss_type and not self.label_smoothing:
-            raise ValueError(
-                "label_smoothing=0.0 is not possible with loss_type 'exo_pair'; 1e-3 is the paper's choice."
-            )
-        if not isinstance(self.f_alpha_divergence_coef, int | float) or not math.isfinite(self.f_alpha_divergence_coef):
-            raise ValueError(
-                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef!r} must be a finite number; try 0.5."
-            )
-        if not isinstance(self.discopop_tau, int | float) or not 0 < self.discopop_tau < math.inf:
-            raise ValueError(
-                f"discopop_tau={self.discopop_tau!r} must be a finite number above 0; 0.05 is the paper's."
             )
 
     def _check_lengths(self) -> None:

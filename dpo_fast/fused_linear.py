@@ -16,22 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from dpo_fast.losses import (
-    COUPLED,
-    LOSSES,
-    SMOOTHED,
-    WITH_LENGTHS,
     Comparisons,
-    FDivergence,
     Loss,
     LossParameters,
-    heeds,
     named_loss,
+    preference_loss,
+    uses,
 )
 from dpo_fast_kernels import ScoreLayout, linear_logps, linear_preference_loss
 
@@ -171,7 +166,7 @@ class FusedLinearDPOLoss(nn.Module):
             rejected_lengths,
             mean_winner_tokens=chosen_lengths.to(sums.dtype).mean(),
         )
-        loss = LOSSES[self.loss_type](comparisons, self._loss_parameters).mean()
+        loss = preference_loss(comparisons, [self.loss_type], [1.0], self._loss_parameters).mean()
         return loss + self.alpha * _chosen_nll(sums, lengths) if self.compute_nll_loss else loss
 
     @property
@@ -200,28 +195,17 @@ class FusedLinearDPOLoss(nn.Module):
         return self._per_sequence(of_rows.sequence_logps, lengths)
 
     def _check_options(self) -> None:
-        name, smoothing = self.loss_type, self.label_smoothing
-        if name in COUPLED:
+        name = self.loss_type
+        if uses(name, "step"):
             raise ValueError(
                 f"loss_type={name!r} couples all pairs of a step; take linear_logps and the loss of all its log-probs, "
                 "or DPOTrainer"
             )
-        if not 0 <= smoothing < 0.5:
-            raise ValueError(f"label_smoothing={smoothing!r} must lie in [0, 0.5): it is the share of flipped labels")
-        if smoothing and not heeds(name, SMOOTHED):
-            raise ValueError(
-                f"label_smoothing={smoothing!r} means nothing to loss_type={name!r}; set it to 0, "
-                f"or choose from {', '.join(SMOOTHED)}"
-            )
-        if name == "exo_pair" and not smoothing:
-            raise ValueError("label_smoothing must be above 0 for loss_type 'exo_pair'; 1e-3 is the paper's choice")
-        if self.average_log_prob and name in WITH_LENGTHS:
+        self._loss_parameters.check([name])
+        if self.average_log_prob and uses(name, "lengths"):
             raise ValueError(
                 f"average_log_prob=True would divide by lengths twice: loss_type={name!r} does it already; leave it out"
             )
-        divergence = self._loss_parameters.f_divergence_type
-        if divergence not in get_args(FDivergence):
-            raise ValueError(f"f_divergence_type={divergence!r} is not known; choose from {get_args(FDivergence)}")
 
     def _check_reference(self, cached: Mapping[str, Tensor | None], model: Mapping[str, Tensor | None]) -> None:
         """Raises a ValueError when the reference is missing, in part too, or given twice, or not wanted."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary, prepare_dataset, prepare_stream
-from dpo_fast.losses import SORTED, WITH_OFFSETS, heeds
+from dpo_fast.losses import SORTED, WITH_OFFSETS, uses
 
 
 def prepare_preferences(
@@ -51,8 +51,8 @@ def prepare_preferences(
 
 
 def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:
-    """Refuses offsets that no loss heeds."""
-    if given and not any(heeds(loss, WITH_OFFSETS) for loss in losses):
+    """Refuse offsets that no loss uses."""
+    if given and not any(uses(loss, "offsets") for loss in losses):
         raise ValueError(
             f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
             f"column, or choose from {list(WITH_OFFSETS)}"

@@ -9,7 +9,6 @@ step was cut.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +45,8 @@ from dpo_fast.dealing import GroupCost, group_lengths
 from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.forward import PackedOutput
 from dpo_fast.head import head_of
-from dpo_fast.losses import COUPLED, REFERENCE_FREE, LossParameters
+from dpo_fast.losses import COUPLED, REFERENCE_FREE
+from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.models import (
@@ -59,7 +59,6 @@ from dpo_fast.models import (
     prepare_reference,
     vocabulary_size,
 )
-from dpo_fast.objective import Objective
 from dpo_fast.preparation import map_datasets, prepare_preferences
 from dpo_fast.ranks import level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
@@ -188,10 +187,9 @@ class DPOTrainer(Trainer):
         if args.torch_compile:
             compile_layers(base, self.accelerator.state.dynamo_plugin)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
-        parameters = LossParameters(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LossParameters)})
         self._running_margin = RunningMargin(args.device) if "beta_dpo" in args.loss_mix else None
         mean_margin = None if self._running_margin is None else self._running_margin.mean
-        self._objective = Objective(args.loss_mix, parameters, args.use_weighting, args.ld_alpha, mean_margin)
+        self._objective = Objective(args.loss_mix, args.loss_parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
         self._empty = empty_pack(self.layout, cut=args.ld_alpha is not None).to(args.device)

@@ -273,7 +273,7 @@ def test_dpo_loss_names_bad_arguments():
 
 
 def test_a_function_of_ones_own_is_a_loss(monkeypatch):
-    monkeypatch.setattr("dpo_fast.losses.LOSSES", dict(LOSSES))
+    monkeypatch.setattr("dpo_fast.losses.catalogue.LOSSES", dict(LOSSES))
 
     def cauchy(c: Comparisons, p: LossParameters) -> torch.Tensor:
         return torch.log1p((1 - p.beta * (c.winner_ratios - c.loser_ratios)) ** 2)

@@ -15,7 +15,7 @@ from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.coupling import step_coefficients
 from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
-from dpo_fast.objective import Objective
+from dpo_fast.losses.objective import Objective
 
 PARAMETERS = LossParameters(0.7)
 

@@ -252,7 +252,7 @@ def test_a_loss_without_a_reference_runs_none(tmp_path, name):
 
 
 def test_a_function_of_ones_own_trains_like_any_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo_fast.losses.LOSSES", dict(LOSSES))
+    monkeypatch.setattr("dpo_fast.losses.catalogue.LOSSES", dict(LOSSES))
 
     def logistic(comparisons, parameters):
         delta = comparisons.winner_ratios - comparisons.loser_ratios

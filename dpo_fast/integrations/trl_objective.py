@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dpo_fast.losses import Comparisons, LossParameters, preference_loss
-from dpo_fast.objective import Objective
+from dpo_fast.losses.objective import Objective
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
