@@ -9,38 +9,38 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_fast.attention import use_shared_prefix
     from dpo_fast.batches.collator import DPOCollator
     from dpo_fast.batches.groups import PreferenceGroup
     from dpo_fast.batches.packing import PackedBatch, pack
     from dpo_fast.config import DPOConfig
     from dpo_fast.data.loading import load_preference_dataset
     from dpo_fast.data.prepare import prepare_dataset
-    from dpo_fast.forward import PackedOutput, add_dpo_forward
     from dpo_fast.fused_linear import FusedLinearDPOLoss
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
     from dpo_fast.losses.objective import Objective
-    from dpo_fast.models import disable_dropout
+    from dpo_fast.model.attention import use_shared_prefix
+    from dpo_fast.model.forward import PackedOutput, add_dpo_forward
+    from dpo_fast.model.loading import disable_dropout
     from dpo_fast.reference.model import Reference
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
     from dpo_fast_kernels import SequenceLoss
 
 _MODULES = {
-    "attention": ("use_shared_prefix",),
     "batches.collator": ("DPOCollator",),
     "batches.groups": ("PreferenceGroup",),
     "batches.packing": ("PackedBatch", "pack"),
     "config": ("DPOConfig",),
     "data.loading": ("load_preference_dataset",),
     "data.prepare": ("prepare_dataset",),
-    "forward": ("PackedOutput", "add_dpo_forward"),
     "fused_linear": ("FusedLinearDPOLoss",),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "losses.objective": ("Objective",),
-    "models": ("disable_dropout",),
+    "model.attention": ("use_shared_prefix",),
+    "model.forward": ("PackedOutput", "add_dpo_forward"),
+    "model.loading": ("disable_dropout",),
     "reference.model": ("Reference",),
     "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from dpo_fast.batches.token_budget import deal, longest_first
 from dpo_fast.data.columns import token_tables
-from dpo_fast.models import vocabulary_size
+from dpo_fast.model.loading import vocabulary_size
 
 if TYPE_CHECKING:
     from datasets import Dataset

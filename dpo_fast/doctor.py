@@ -107,7 +107,7 @@ def _backends(name: str | None) -> list[tuple[str, str, str]]:
     if name is None:
         layout = ("layout", "depends on the model", "see dpo-fast doctor --model")
         return [layout, ("attention", *attention_backend(device)), _head(device)]
-    from dpo_fast.attention import sharing_obstacle
+    from dpo_fast.model.attention import sharing_obstacle
 
     model = _empty_model(name)
     obstacle = sharing_obstacle(model)

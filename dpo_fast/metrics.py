@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.forward import PackedOutput
 from dpo_fast.group_metrics import group_metrics
 from dpo_fast.losses import Comparisons
+from dpo_fast.model.forward import PackedOutput
 
 NAMES = (
     *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins", "best_of_k", "kendall_tau")),

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before a model is loaded."""
-    from dpo_fast.models import check_model_path
+    from dpo_fast.model.loading import check_model_path
 
     if options.output is not None and Path(options.output).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output {options.output}: give a name that ends in .jsonl or .parquet.")
@@ -57,7 +57,7 @@ def score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) 
 
 def _load(name: str, arguments: TrainArguments) -> Any:
     """A whole model, or an adapter on the model that it was trained on; both are loaded as `train` loads its model."""
-    from dpo_fast.models import load_model
+    from dpo_fast.model.loading import load_model
 
     quantization = arguments.model.quantization_config()
     if not Path(name, "adapter_config.json").is_file():

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.data.prepare import DataSummary
-from dpo_fast.models import disable_dropout, prepare_forward, vocabulary_size
+from dpo_fast.model.forward import prepare_forward
+from dpo_fast.model.loading import disable_dropout, vocabulary_size
 from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.model import Reference
 

@@ -36,25 +36,24 @@ from dpo_fast.activations import activations_fit, largest_pack
 from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
-from dpo_fast.compilation import compile_layers
 from dpo_fast.config import DPOConfig
 from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary
 from dpo_fast.dealing import GroupCost, group_lengths
-from dpo_fast.engines import autocast_of_training, keep_numbers_exact, on_device
-from dpo_fast.forward import PackedOutput
-from dpo_fast.head import head_of
 from dpo_fast.losses import COUPLED, REFERENCE_FREE
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.metrics import MetricAccumulator, batch_metrics
-from dpo_fast.models import (
+from dpo_fast.model.compilation import compile_layers
+from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
+from dpo_fast.model.forward import PackedOutput, prepare_forward
+from dpo_fast.model.head import head_of
+from dpo_fast.model.loading import (
     aux_loss_weight,
     disable_dropout,
     let_recompute,
     load_model,
-    prepare_forward,
     prepare_peft,
     prepare_reference,
     vocabulary_size,

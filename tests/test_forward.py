@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_fast.attention import ATTENTION_NAME, sharing_obstacle, use_shared_prefix
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.forward import add_dpo_forward
+from dpo_fast.model.attention import ATTENTION_NAME, sharing_obstacle, use_shared_prefix
+from dpo_fast.model.forward import add_dpo_forward
 from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
 from numerics import assert_close_to_truth
 

@@ -7,12 +7,12 @@ from itertools import combinations
 import pytest
 import torch
 
-from dpo_fast.attention import use_shared_prefix
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.forward import add_dpo_forward
 from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, LossParameters
 from dpo_fast.losses.objective import Objective
+from dpo_fast.model.attention import use_shared_prefix
+from dpo_fast.model.forward import add_dpo_forward
 from dpo_fast_kernels import SequenceLoss
 from families import tiny_model
 from test_forward import random_ids

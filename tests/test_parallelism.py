@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
 from dpo_fast.config import DPOConfig
-from dpo_fast.models import load_model
+from dpo_fast.model.loading import load_model
 from dpo_fast_kernels import SequenceLoss
 from families import VOCAB, tiny_model
 from interpreting import environment

@@ -17,10 +17,10 @@ KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 # From the bottom to the top. A file may import from its own layer and from those below it.
 LAYERS = (
     {"dpo_fast_kernels"},
-    {"batches", "losses", "objective", "head", "attention", "config", "machine"},
+    {"batches", "losses", "config", "machine"},
     {"data"}
-    | {"models", "checkpoints", "coupling", "ranks", "dealing", "forward", "fused_linear"}
-    | {"activations", "compilation", "engines", "metrics", "group_metrics", "running_margin"}
+    | {"model", "checkpoints", "coupling", "ranks", "dealing", "fused_linear"}
+    | {"activations", "metrics", "group_metrics", "running_margin"}
     | {"streaming", "preparation", "reference", "scoring"},
     {"trainer"},
     {"cli", "arguments", "cache_command", "score_command", "run_command", "bench", "doctor", "demo", "integrations"},

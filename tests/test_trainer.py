@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.forward import PackedOutput
 from dpo_fast.losses import LOSSES
+from dpo_fast.model.forward import PackedOutput
 from families import VOCAB, tiny_model
 from preferences import assert_same_weights, logged, make_trainer, pairs, ranked, trained, words
 
@@ -94,7 +94,7 @@ def count_forwards(trainer_module, monkeypatch) -> list:
 
 
 def test_references_are_computed_once_and_only_what_is_missing(tmp_path, monkeypatch):
-    from dpo_fast import forward
+    from dpo_fast.model import forward
 
     calls = count_forwards(forward, monkeypatch)
     make_trainer(tmp_path, pairs(9).select(range(6)))
@@ -112,7 +112,7 @@ def test_references_are_computed_once_and_only_what_is_missing(tmp_path, monkeyp
 
 def test_an_adapter_shares_the_references_of_its_base_model(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
-    from dpo_fast import forward
+    from dpo_fast.model import forward
 
     calls = count_forwards(forward, monkeypatch)
     full = make_trainer(tmp_path)

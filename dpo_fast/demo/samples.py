@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.demo.reward import sentiment
-from dpo_fast.forward import add_dpo_forward
+from dpo_fast.model.forward import add_dpo_forward
 
 MAX_NEW_TOKENS = 32
 TEMPERATURE = 0.8  # at 1 a model of this size writes little sense

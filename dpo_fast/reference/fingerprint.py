@@ -33,8 +33,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from dpo_fast.compilation import is_compiled
-from dpo_fast.head import logit_transform
+from dpo_fast.model.compilation import is_compiled
+from dpo_fast.model.head import logit_transform
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.data.columns import COLUMNS, token_tables
-from dpo_fast.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
 from dpo_fast.machine import cache_dir
+from dpo_fast.model.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_fast.attention import use_shared_prefix
 from dpo_fast.batches.groups import Layout
 from dpo_fast.config import DPOConfig, tensor_parallel_refusal
 from dpo_fast.data.loading import looks_local
-from dpo_fast.forward import add_dpo_forward
-
-logger = logging.getLogger(__name__)
+from dpo_fast.model.forward import prepare_forward
 
 
 def load_model(
@@ -100,21 +96,6 @@ def let_recompute(model: nn.Module, args: DPOConfig) -> None:
     """Gives the layers below an adapter a gradient to pass on, which some kinds of checkpointing need."""
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         model.enable_input_require_grads()
-
-
-def prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
-    """Extends the model's forward and settles its layout; `auto` says once why it took `padded`."""
-    add_dpo_forward(base)
-    if layout == "padded":
-        return "padded"
-    try:
-        use_shared_prefix(base)
-    except ValueError as error:
-        if layout == "shared":
-            raise
-        logger.warning("layout='auto' takes 'padded' for this model. %s", error)
-        return "padded"
-    return "shared"
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ gathered, gradients are hooked.
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from dpo_fast.attention import packed_arguments
+from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.head import head_of
+from dpo_fast.model.attention import packed_arguments, use_shared_prefix
+from dpo_fast.model.head import head_of
 from dpo_fast_kernels import SequenceLoss, gather_rows, linear_logps, linear_preference_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -158,3 +162,18 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ..
         return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, packed.attention_mask)
     router_logits = tuple(gather_rows(logits, packed.prefix.keys) for logits in router_logits)
     return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok)
+
+
+def prepare_forward(base: PreTrainedModel, layout: str) -> Layout:
+    """Extends the model's forward and settles its layout; `auto` says once why it took `padded`."""
+    add_dpo_forward(base)
+    if layout == "padded":
+        return "padded"
+    try:
+        use_shared_prefix(base)
+    except ValueError as error:
+        if layout == "shared":
+            raise
+        logger.warning("layout='auto' takes 'padded' for this model. %s", error)
+        return "padded"
+    return "shared"
