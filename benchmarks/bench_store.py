@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.reference.files import Folder, is_index
-from dpo_fast.reference.parts import sequence_logp, write_part
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.files import Folder, is_index
+from dpo_fast.reference.store.parts import sequence_logp, write_part
+from dpo_fast.reference.store.store import ReferenceStore
 
 DESCRIPTION = {"question": "bench_store"}
 ROWS_PER_PART = 10_000
@@ -118,7 +118,7 @@ def second_pass(repeats: int) -> dict[str, Any]:
 
     from dpo_fast.data.columns import token_tables
     from dpo_fast.reference.compute import ReferencePass, with_reference_logps
-    from dpo_fast.reference.keys import CompletionKeys
+    from dpo_fast.reference.store.keys import CompletionKeys
 
     generator = np.random.default_rng(0)
 

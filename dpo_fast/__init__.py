@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dpo_fast.model.attention import use_shared_prefix
     from dpo_fast.model.forward import PackedOutput, add_dpo_forward
     from dpo_fast.model.loading import disable_dropout
-    from dpo_fast.reference.model import Reference
+    from dpo_fast.reference.reference import Reference
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
     from dpo_fast_kernels import SequenceLoss
@@ -41,7 +41,7 @@ _MODULES = {
     "model.attention": ("use_shared_prefix",),
     "model.forward": ("PackedOutput", "add_dpo_forward"),
     "model.loading": ("disable_dropout",),
-    "reference.model": ("Reference",),
+    "reference.reference": ("Reference",),
     "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),
 }

@@ -58,7 +58,7 @@ def main(argv: list[str], fill: Callable[[list[str], int, int], int]) -> int:
 
 
 def _info(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.maintenance import info
+    from dpo_fast.reference.store.maintenance import info
 
     stores = info(root)
     for store in stores:
@@ -73,7 +73,7 @@ def _info(root: str, options: argparse.Namespace) -> int:
 
 
 def _folders(root: str, options: argparse.Namespace) -> list[str]:
-    from dpo_fast.reference.maintenance import info
+    from dpo_fast.reference.store.maintenance import info
 
     folders = {Path(store.folder).name: store.folder for store in info(root)}
     if options.store is not None and options.store not in folders:
@@ -82,7 +82,7 @@ def _folders(root: str, options: argparse.Namespace) -> list[str]:
 
 
 def _verify(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.maintenance import verify
+    from dpo_fast.reference.store.maintenance import verify
 
     damaged = 0
     for folder in _folders(root, options):
@@ -96,7 +96,7 @@ def _verify(root: str, options: argparse.Namespace) -> int:
 
 
 def _prune(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.maintenance import prune
+    from dpo_fast.reference.store.maintenance import prune
 
     removed, size = prune(root, options.prune, options.dry_run)
     for path in removed:
@@ -108,7 +108,7 @@ def _prune(root: str, options: argparse.Namespace) -> int:
 
 
 def _export(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.maintenance import export
+    from dpo_fast.reference.store.maintenance import export
 
     folders = _folders(root, options)
     if len(folders) != 1:

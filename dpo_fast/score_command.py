@@ -69,7 +69,7 @@ def _load(name: str, arguments: TrainArguments) -> Any:
 
 
 def _write(rows: Any, path: Path) -> None:
-    from dpo_fast.reference.files import Folder
+    from dpo_fast.reference.store.files import Folder
 
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -22,7 +22,7 @@ from dpo_fast.data.prepare import DataSummary
 from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import disable_dropout, vocabulary_size
 from dpo_fast.preparation import prepare_preferences
-from dpo_fast.reference.model import Reference
+from dpo_fast.reference.reference import Reference
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dpo_fast.data.prepare import ROWS_AHEAD
 from dpo_fast.dealing import deal_groups
 
 if TYPE_CHECKING:
-    from dpo_fast.reference.model import Reference
+    from dpo_fast.reference.reference import Reference
 
 Row = dict[str, Any]
 

@@ -62,7 +62,7 @@ from dpo_fast.preparation import map_datasets, prepare_preferences
 from dpo_fast.ranks import level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
-from dpo_fast.reference.model import Fingerprint, Reference, weights_memo
+from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
 from dpo_fast.running_margin import RunningMargin
 from dpo_fast.streaming import StreamBatches
 from dpo_fast_kernels import SequenceLoss

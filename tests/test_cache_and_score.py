@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_fast import cli
-from dpo_fast.reference.maintenance import info
+from dpo_fast.reference.store.maintenance import info
 from dpo_fast.scoring import _intervals
 from families import tiny_model, tiny_tokenizer
 from preferences import make_trainer, pairs, ranked, trained

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from dpo_fast import cli
 from dpo_fast import trainer as trainer_module
-from dpo_fast.reference.maintenance import export, info
+from dpo_fast.reference.store.maintenance import export, info
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
 from interpreting import environment

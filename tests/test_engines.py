@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from dpo_fast import add_dpo_forward, pack, use_shared_prefix
 from dpo_fast.model import engines
 from dpo_fast.model.engines import keep_numbers_exact, on_device, weights_in
-from dpo_fast.reference import model as reference_model
+from dpo_fast.reference import reference as reference_model
 from families import tiny_model
 from preferences import make_trainer, pairs
 from test_parallelism import GROUPS

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.reference import index, parts
-from dpo_fast.reference.files import Folder, is_index, is_part
-from dpo_fast.reference.index import Index, best_index, write_index
-from dpo_fast.reference.keys import completion_key, key_array
-from dpo_fast.reference.parts import IndexedPart, Rows, Runs
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store import index, parts
+from dpo_fast.reference.store.files import Folder, is_index, is_part
+from dpo_fast.reference.store.index import Index, best_index, write_index
+from dpo_fast.reference.store.keys import completion_key, key_array
+from dpo_fast.reference.store.parts import IndexedPart, Rows, Runs
+from dpo_fast.reference.store.store import ReferenceStore
 
 halves = st.one_of(st.integers(0, 3), st.integers(2**64 - 3, 2**64 - 1), st.integers(0, 2**64 - 1))
 keys_of_parts = st.lists(st.lists(st.tuples(halves, halves), max_size=12), min_size=1, max_size=5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.data import columns
 from dpo_fast.data.columns import token_tables
-from dpo_fast.reference.keys import CompletionKeys, completion_key, group_keys, key_array, prompt_keys
+from dpo_fast.reference.store.keys import CompletionKeys, completion_key, group_keys, key_array, prompt_keys
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 

@@ -25,8 +25,8 @@ from dpo_fast.reference.compute import (
     _end_of_batch,
     with_reference_logps,
 )
-from dpo_fast.reference.keys import CompletionKeys
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.keys import CompletionKeys
+from dpo_fast.reference.store.store import ReferenceStore
 
 
 class Model:
@@ -293,7 +293,7 @@ def test_what_was_in_the_store_before_is_offered_for_the_audit(store):
 
 
 def slow_pass(root: str, noted: str, pause: float) -> None:
-    from dpo_fast.reference import store as store_module
+    from dpo_fast.reference.store import store as store_module
 
     torch.set_num_threads(1)
     store_module.ROWS_PER_PART = 20

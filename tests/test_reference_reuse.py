@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from dpo_fast.reference.maintenance import info
+from dpo_fast.reference.store.maintenance import info
 from families import tiny_model
 from interpreting import environment
 from preferences import make_trainer, pairs, trained
@@ -116,7 +116,7 @@ def test_a_held_out_set_after_training_is_found_in_the_store(filled):
 
 def test_numbers_that_are_not_the_references_stop_the_run(filled, monkeypatch):
     """As if a kernel had changed since: the audit recomputes some rows."""
-    from dpo_fast.reference.model import Reference
+    from dpo_fast.reference.reference import Reference
 
     original = Reference.score
     monkeypatch.setattr(Reference, "score", lambda self, packed: original(self, packed) - 0.01)
@@ -125,13 +125,13 @@ def test_numbers_that_are_not_the_references_stop_the_run(filled, monkeypatch):
 
 
 def test_a_checkpoint_on_disk_is_fingerprinted_once(tmp_path, monkeypatch):
-    from dpo_fast.reference import fingerprint_memo, model
+    from dpo_fast.reference import fingerprint_memo, reference
 
     tiny_model("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint_memo, "SECONDS_TO_SETTLE", -1.0)
-    hashed, original = [], model.weights_fingerprint
-    monkeypatch.setattr(model, "weights_fingerprint", lambda *args: hashed.append(args) or original(*args))
+    hashed, original = [], reference.weights_fingerprint
+    monkeypatch.setattr(reference, "weights_fingerprint", lambda *args: hashed.append(args) or original(*args))
     for _ in range(2):
         make_trainer(tmp_path, ROWS, model=str(tmp_path / "model"))
     assert len(hashed) == 1

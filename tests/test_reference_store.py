@@ -21,21 +21,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.reference import maintenance
-from dpo_fast.reference import store as store_module
-from dpo_fast.reference.files import WRITING, Folder, hexadecimal_hash, is_index, is_part
-from dpo_fast.reference.keys import completion_key, key_array
-from dpo_fast.reference.maintenance import export, info, prune, verify
-from dpo_fast.reference.parts import sequence_logp
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store import maintenance
+from dpo_fast.reference.store import store as store_module
+from dpo_fast.reference.store.files import WRITING, Folder, hexadecimal_hash, is_index, is_part
+from dpo_fast.reference.store.keys import completion_key, key_array
+from dpo_fast.reference.store.maintenance import export, info, prune, verify
+from dpo_fast.reference.store.parts import sequence_logp
+from dpo_fast.reference.store.store import ReferenceStore
 
 DESCRIPTION = {"weights": "abc", "dtype": "float32"}
 
 # A writer in a process of its own: rows in an order, a part every 50, each computed row's number noted in a file.
 WRITER = """
 import os, random, sys, time
-from dpo_fast.reference import store as module
-from dpo_fast.reference.keys import key_array
+from dpo_fast.reference.store import store as module
+from dpo_fast.reference.store.keys import key_array
 from tests_rows import key, values
 root, count, seed, pause, noted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
 module.ROWS_IN_MEMORY = 200
@@ -98,7 +98,7 @@ def names(store: ReferenceStore) -> list[str]:
 def writer(tmp_path):
     """Starts a writer process."""
     functions = "".join(map(inspect.getsource, (key, values)))
-    imports = "import numpy as np\nfrom dpo_fast.reference.keys import completion_key\n"
+    imports = "import numpy as np\nfrom dpo_fast.reference.store.keys import completion_key\n"
     (tmp_path / "tests_rows.py").write_text(imports + functions)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
@@ -255,8 +255,8 @@ def test_opening_and_asking_load_little(tmp_path):
     filled(tmp_path, 20)
     code = f"""
 import sys
-from dpo_fast.reference.keys import key_array
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.keys import key_array
+from dpo_fast.reference.store.store import ReferenceStore
 with ReferenceStore({str(tmp_path)!r}, {DESCRIPTION!r}) as store:
     keys = key_array([bytes.fromhex("{key(3).hex()}")])
     assert store.lookup(keys)[0].all() and len(store.token_logps(keys)[0]) == {len(values(3))}

@@ -87,7 +87,7 @@ def test_resume_is_exact(tmp_path, loss_type):
 def count_forwards(trainer_module, monkeypatch) -> list:
     """Packed forwards from here on, without those of the audit."""
     calls = []
-    monkeypatch.setattr("dpo_fast.reference.model.audit", lambda *args, **options: None)
+    monkeypatch.setattr("dpo_fast.reference.reference.audit", lambda *args, **options: None)
     original = trainer_module._packed_forward
     monkeypatch.setattr(trainer_module, "_packed_forward", lambda *args: calls.append(args) or original(*args))
     return calls

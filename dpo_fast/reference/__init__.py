@@ -1,7 +1,7 @@
 """Reference log-probs that are computed once: the store, the pass that fills it, and the model that it asks.
 
-files, parts, index      what lies in a store's folder
-store, maintenance       using it, looking after it
-fingerprint              what the numbers depend on
-compute, audit, model    running the reference on what is missing, and checking what is there
+store/                        log-probs on disk
+fingerprint, fingerprint_memo what the numbers depend on
+compute, audit                running the reference on what is missing, checking what is there
+reference                     all of it for one model
 """

@@ -11,8 +11,8 @@ from torch import Tensor
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.reference.compute import Score
-from dpo_fast.reference.keys import group_keys, key_array
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.keys import group_keys, key_array
+from dpo_fast.reference.store.store import ReferenceStore
 
 TOKENS = 512  # that are run again, but at least one group
 

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.data.columns import WINDOW, token_tables
-from dpo_fast.reference.keys import CompletionKeys, key_array, prompt_keys
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.keys import CompletionKeys, key_array, prompt_keys
+from dpo_fast.reference.store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_fast.reference.files import (
+from dpo_fast.reference.store.files import (
     DAY,
     DESCRIPTION,
     File,
@@ -29,8 +29,8 @@ from dpo_fast.reference.files import (
     is_stale,
     set_aside,
 )
-from dpo_fast.reference.index import open_index
-from dpo_fast.reference.parts import MAX_BITS, SCHEMA, part_keys, range_edges, read_part
+from dpo_fast.reference.store.index import open_index
+from dpo_fast.reference.store.parts import MAX_BITS, SCHEMA, part_keys, range_edges, read_part
 
 EXPORT_BYTES = 1 << 26  # of parts, for each range of keys that is sorted in memory
 

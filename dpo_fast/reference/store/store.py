@@ -27,9 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.reference.files import DAY, DESCRIPTION, Folder, hexadecimal_hash, is_ours, is_part, is_stale, write_bytes
-from dpo_fast.reference.index import Index, best_index, report_gone, write_index
-from dpo_fast.reference.parts import (
+from dpo_fast.reference.store.files import (
+    DAY,
+    DESCRIPTION,
+    Folder,
+    hexadecimal_hash,
+    is_ours,
+    is_part,
+    is_stale,
+    write_bytes,
+)
+from dpo_fast.reference.store.index import Index, best_index, report_gone, write_index
+from dpo_fast.reference.store.parts import (
     IndexedPart,
     Rows,
     Runs,

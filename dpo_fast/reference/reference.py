@@ -34,8 +34,8 @@ from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
 from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
-from dpo_fast.reference.keys import CompletionKeys
-from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.reference.store.keys import CompletionKeys
+from dpo_fast.reference.store.store import ReferenceStore
 from dpo_fast_kernels import attention_backend
 
 logger = logging.getLogger(__name__)

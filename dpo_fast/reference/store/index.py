@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from dpo_fast.reference.files import Folder, is_index
-from dpo_fast.reference.parts import (
+from dpo_fast.reference.store.files import Folder, is_index
+from dpo_fast.reference.store.parts import (
     COLUMNS,
     MAX_BITS,
     RECORD,

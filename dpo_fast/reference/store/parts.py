@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_fast.reference.files import Folder, hexadecimal_hash, set_aside, write_bytes
+from dpo_fast.reference.store.files import Folder, hexadecimal_hash, set_aside, write_bytes
 
 ROWS_PER_RUN = 1 << 20
 MAX_BITS = 12
