@@ -40,9 +40,9 @@ def check_paths(arguments: TrainArguments) -> None:
     Raises:
         ValueError: naming the argument and the path.
     """
-    from dpo_fast.checkpoints import find_checkpoint
     from dpo_fast.data.loading import looks_local
     from dpo_fast.model.loading import check_model_path
+    from dpo_fast.training.checkpoints import find_checkpoint
 
     check_model_path(arguments.model.model_name_or_path, arguments.config.model_init_kwargs)
     dataset = arguments.data.dataset_name

@@ -21,8 +21,8 @@ from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.data.prepare import DataSummary
 from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import disable_dropout, vocabulary_size
-from dpo_fast.preparation import prepare_preferences
 from dpo_fast.reference.reference import Reference
+from dpo_fast.training.datasets import prepare_preferences
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,14 @@ from transformers import (
     set_seed,
 )
 
-from dpo_fast.activations import activations_fit, largest_pack
 from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.packing import PackedBatch, empty_pack
-from dpo_fast.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.config import DPOConfig
-from dpo_fast.coupling import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary
-from dpo_fast.dealing import GroupCost, group_lengths
 from dpo_fast.losses import COUPLED, REFERENCE_FREE
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
-from dpo_fast.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.model.compilation import compile_layers
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput, prepare_forward
@@ -58,13 +53,18 @@ from dpo_fast.model.loading import (
     prepare_reference,
     vocabulary_size,
 )
-from dpo_fast.preparation import map_datasets, prepare_preferences
-from dpo_fast.ranks import level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
-from dpo_fast.running_margin import RunningMargin
-from dpo_fast.streaming import StreamBatches
+from dpo_fast.training.activation_memory import activations_fit, largest_pack
+from dpo_fast.training.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
+from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
+from dpo_fast.training.datasets import map_datasets, prepare_preferences
+from dpo_fast.training.group_cost import GroupCost, group_lengths
+from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
+from dpo_fast.training.rank_sharding import level, rows_in_order, share_among_ranks, with_positions
+from dpo_fast.training.running_margin import RunningMargin
+from dpo_fast.training.stream_batches import StreamBatches
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ import logging
 import pytest
 import torch
 
-from dpo_fast import activations, machine
-from dpo_fast.activations import activations_fit, largest_pack, saved_bytes
+from dpo_fast import machine
 from dpo_fast.batches.packing import empty_pack
 from dpo_fast.machine import free_memory
+from dpo_fast.training import activation_memory
+from dpo_fast.training.activation_memory import activations_fit, largest_pack, saved_bytes
 from families import tiny_model
 from preferences import logged, make_trainer, pairs, trained
 
@@ -23,8 +24,8 @@ def free(monkeypatch):
     """Sets how much memory is free, and what the head takes to nothing, as tiny models have tiny heads."""
 
     def set_free(count: int) -> None:
-        monkeypatch.setattr(activations, "_HEAD_BYTES", 0)
-        monkeypatch.setattr(activations, "free_memory", lambda device: count)
+        monkeypatch.setattr(activation_memory, "_HEAD_BYTES", 0)
+        monkeypatch.setattr(activation_memory, "free_memory", lambda device: count)
 
     return set_free
 

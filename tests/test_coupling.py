@@ -10,9 +10,9 @@ import torch
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
-from dpo_fast.coupling import step_coefficients, step_loss, surrogate
 from dpo_fast.losses import LossParameters
 from dpo_fast.losses.objective import Objective
+from dpo_fast.training.coupled_step import step_coefficients, step_loss, surrogate
 from interpreting import environment
 
 OBJECTIVE = Objective({"aot": 1.0, "aot_unpaired": 0.5, "plackett_luce": 0.3, "sft": 0.1}, LossParameters(0.7))

@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.dealing import GroupCost, deal_groups, mean_to_max
+from dpo_fast.training.group_cost import GroupCost, deal_groups, mean_to_max
 from families import tiny_model
 
 TRIPLES = json.loads((Path(__file__).parent / "triple_lengths.json").read_text())

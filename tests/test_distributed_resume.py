@@ -24,7 +24,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file, save_file
 
-from dpo_fast.checkpoints import find_checkpoint
+from dpo_fast.training.checkpoints import find_checkpoint
 from families import tiny_model
 from interpreting import environment
 from preferences import make_trainer

@@ -14,7 +14,6 @@ import pytest
 from safetensors.torch import save_file
 
 import test_distributed
-from dpo_fast import streaming
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model
 from preferences import make_trainer
@@ -33,11 +32,11 @@ OF_STREAM = sum(len(row["completions"]) for row in rows(17))
 @pytest.fixture(autouse=True)
 def rows_ahead(monkeypatch):
     """Puts back what `make` sets in the process that it runs in."""
-    monkeypatch.setattr(streaming, "ROWS_AHEAD", streaming.ROWS_AHEAD)
+    monkeypatch.setattr(stream_batches, "ROWS_AHEAD", stream_batches.ROWS_AHEAD)
 
 
 def make(name: str, folder: Path, ranks: int, **more) -> DPOTrainer:
-    streaming.ROWS_AHEAD = GROUPS // 2
+    stream_batches.ROWS_AHEAD = GROUPS // 2
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 10, "use_cpu": USE_CPU, **RUNS[name], **more}
     if options.pop("lora", False):
         from peft import LoraConfig

@@ -22,7 +22,7 @@ from dpo_fast.data.formats import _cycle, comparisons_from_scores, detect_format
 from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.data.tokenization import TokenizeRows
 from dpo_fast.data.truncation import COMPARISON_CHOICES, choose_comparisons, keep_signal, truncate
-from dpo_fast.preparation import prepare_preferences
+from dpo_fast.training.datasets import prepare_preferences
 from test_data import CONVERSATIONS, PAIR, REFERENCE, TOKENIZER, prepare, text, texts, tokenized
 
 ANSWERS = ["a", "b", "c", "d"]

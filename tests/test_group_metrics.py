@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.group_metrics import group_metrics
+from dpo_fast.training.metrics import group_metrics
 
 BEST, TAU = "rewards/best_of_k", "rewards/kendall_tau"
 

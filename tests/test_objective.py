@@ -13,9 +13,9 @@ from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.completion_pieces import cut_completions
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.coupling import step_coefficients
 from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
 from dpo_fast.losses.objective import Objective
+from dpo_fast.training.coupled_step import step_coefficients
 
 PARAMETERS = LossParameters(0.7)
 

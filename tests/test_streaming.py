@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 
 from dpo_fast.data.prepare import prepare_dataset, prepare_stream
-from dpo_fast.streaming import StreamBatches
 from dpo_fast.trainer import DPOTrainer
+from dpo_fast.training.stream_batches import StreamBatches
 from families import tiny_tokenizer
 from preferences import assert_same_weights, logged, make_trainer, pairs, ranked, trained
 

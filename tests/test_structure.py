@@ -17,13 +17,15 @@ KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 # From the bottom to the top. A file may import from its own layer and from those below it.
 LAYERS = (
     {"dpo_fast_kernels"},
-    {"batches", "losses", "config", "machine"},
-    {"data"}
-    | {"model", "checkpoints", "coupling", "ranks", "dealing", "fused_linear"}
-    | {"activations", "metrics", "group_metrics", "running_margin"}
-    | {"streaming", "preparation", "reference", "scoring"},
-    {"trainer"},
-    {"cli", "arguments", "cache_command", "score_command", "run_command", "bench", "doctor", "demo", "integrations"},
+    {"batches", "machine"},
+    {"data", "losses"},
+    {"config"},
+    {"model"},
+    {"reference"},
+    {"training"},
+    {"trainer", "scoring", "fused_linear", "integrations"},
+    {"cache_command", "score_command", "run_command", "bench", "doctor", "demo", "arguments"},
+    {"cli"},
 )
 ENTRIES = {"cli", "integrations"}
 

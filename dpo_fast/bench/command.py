@@ -33,7 +33,7 @@ from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, l
 from dpo_fast.bench.worker import Failure, Job, Report
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
-from dpo_fast.preparation import prepare_preferences
+from dpo_fast.training.datasets import prepare_preferences
 
 TRIAL_STEPS = 3
 

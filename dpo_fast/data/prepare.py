@@ -250,7 +250,10 @@ def prepare_stream(
     vocab_size: int | None = None,
     name: str = "train",
 ) -> IterableDataset:
-    """Does to a stream what `data.prepare_dataset` does to a dataset, row by row; the arguments are the same.
+    """Do to a stream what `prepare_dataset` does to a dataset, row by row; the arguments are the same.
+
+    Rows are tokenised and cut as training asks for them, so a stream has no account of what was dropped, and what
+    depends on all rows at once is refused.
 
     Raises:
         ValueError: the columns make no known format. While the stream is read, also a row that is not as described, or

@@ -28,9 +28,9 @@ from dpo_fast.integrations.trl_objective import objective_of
 from dpo_fast.integrations.trl_reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
-from dpo_fast.metrics import batch_metrics
 from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import disable_dropout
+from dpo_fast.training.metrics import batch_metrics
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)

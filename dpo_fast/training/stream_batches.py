@@ -1,8 +1,4 @@
-"""A stream of rows → a stream of preference groups, and the batches of those, with reference log-probs.
-
-Rows are tokenised, cut and scored as training asks for them, so a stream has no account of what was dropped, and what
-depends on all rows at once is refused.
-"""
+"""Batches of a stream of preference groups, with reference log-probs, dealt to ranks by cost."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from accelerate import Accelerator
 from datasets import IterableDataset
 
 from dpo_fast.data.prepare import ROWS_AHEAD
-from dpo_fast.dealing import deal_groups
+from dpo_fast.training.group_cost import deal_groups
 
 if TYPE_CHECKING:
     from dpo_fast.reference.reference import Reference

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.dealing import deal_groups, mean_to_max
+from dpo_fast.training.group_cost import deal_groups, mean_to_max
 
 
 class _RankBatches(BatchSampler):

@@ -18,7 +18,7 @@ from torch import Tensor
 from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.losses import Comparisons
 from dpo_fast.losses.objective import Objective
-from dpo_fast.ranks import rows_of_all_ranks
+from dpo_fast.training.rank_sharding import rows_of_all_ranks
 
 _MOST_COMPLETIONS = 2**32  # of a rank in a step: tells the completions of ranks apart
 

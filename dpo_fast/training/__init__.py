@@ -1,0 +1,1 @@
+"""What a step of training needs beside the model and the loss."""
