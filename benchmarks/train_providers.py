@@ -172,7 +172,7 @@ def _trl(
 def _patch_trl(setting: Setting, folder: str, output: str) -> Train:
     os.environ["DPO_FAST_CACHE"] = f"{folder}/patch_trl"  # where the patched trainer keeps its references
     from dpo_fast import patch_trl
-    from dpo_fast.integrations.trl_batches import PACKED
+    from dpo_fast.integrations.trl.batches import PACKED
 
     patch_trl()
     return _trl(setting, folder, output, lambda batch: batch[PACKED].input_ids.numel())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
     from dpo_fast.data.loading import load_preference_dataset
     from dpo_fast.data.prepare import prepare_dataset
-    from dpo_fast.fused_linear import FusedLinearDPOLoss
+    from dpo_fast.integrations.liger import FusedLinearDPOLoss
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
     from dpo_fast.losses.objective import Objective
@@ -34,7 +34,7 @@ _MODULES = {
     "config": ("DPOConfig",),
     "data.loading": ("load_preference_dataset",),
     "data.prepare": ("prepare_dataset",),
-    "fused_linear": ("FusedLinearDPOLoss",),
+    "integrations.liger": ("FusedLinearDPOLoss",),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "losses.objective": ("Objective",),

@@ -1,6 +1,6 @@
 """Runs a program with TRL accelerated: `dpo-fast run -- trl dpo …`, `dpo-fast run -- accelerate launch train.py …`.
 
-The program takes this process's place. It and every Python process that it starts find `integrations/startup` on
+The program takes this process's place. It and every Python process that it starts find `integrations/trl/startup` on
 PYTHONPATH, whose `sitecustomize` calls `patch_trl` as soon as TRL is imported while DPO_FAST_PATCH_TRL is 1. So it
 reaches the processes of any launcher, and no file of the program changes.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PATCH_VARIABLE = "DPO_FAST_PATCH_TRL"
-STARTUP = Path(__file__).resolve().parent / "integrations" / "startup"
+STARTUP = Path(__file__).resolve().parent / "integrations" / "trl" / "startup"
 
 
 def patching_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import test_distributed
 from dpo_fast.trainer import DPOTrainer
+from dpo_fast.training import stream_batches
 from families import tiny_model
 from preferences import make_trainer
 from test_distributed import ENGINES, GROUPS, USE_CPU, engine_environment, launch, leave, rows, shard_on_cpus

@@ -29,8 +29,8 @@ from trl.trainer import utils  # noqa: E402
 import dpo_fast  # noqa: E402
 from dpo_fast import run_command as run  # noqa: E402
 from dpo_fast.integrations.trl import DPOTrainer, patch_trl, unpatch_trl  # noqa: E402
-from dpo_fast.integrations.trl_batches import CannotPackError, pair_groups  # noqa: E402
-from dpo_fast.integrations.trl_kernel import LinearLogProbs  # noqa: E402
+from dpo_fast.integrations.trl.batches import CannotPackError, pair_groups  # noqa: E402
+from dpo_fast.integrations.trl.kernel import LinearLogProbs  # noqa: E402
 from dpo_fast_kernels import tiles  # noqa: E402
 from test_integration_trl import TOLERANCE, assert_same_log, compared, make, trained  # noqa: E402
 
@@ -130,7 +130,7 @@ def test_a_program_that_imports_trl_itself_runs_patched(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     first, second = done.stdout.splitlines()
-    assert first.endswith("trl_trainer.py LinearLogProbs ['--flag', 'a b']")
+    assert first.endswith("trl/trainer.py LinearLogProbs ['--flag', 'a b']")
     assert second == "seen"
 
 

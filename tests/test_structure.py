@@ -23,7 +23,7 @@ LAYERS = (
     {"model"},
     {"reference"},
     {"training"},
-    {"trainer", "scoring", "fused_linear", "integrations"},
+    {"trainer", "scoring", "integrations"},
     {"cache_command", "score_command", "run_command", "bench", "doctor", "demo", "arguments"},
     {"cli"},
 )

@@ -1,1 +1,5 @@
-"""dpo_fast inside programs that have a trainer of their own: one file a host. Nothing in dpo_fast imports these."""
+"""dpo_fast inside programs that have a trainer of their own: one entry per host.
+
+trl      TRL's DPOTrainer, accelerated; patch_trl() does it to TRL's own class
+liger    Liger's LigerFusedLinearDPOLoss, computed by our ops
+"""

@@ -21,11 +21,11 @@ from trl.trainer import dpo_trainer
 
 from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.integrations.trl_batches import PACKED, CannotPackError, Packing, PackingCollator
-from dpo_fast.integrations.trl_forward import answer_padded_rows
-from dpo_fast.integrations.trl_metrics import PendingMetrics
-from dpo_fast.integrations.trl_objective import objective_of
-from dpo_fast.integrations.trl_reference import reference_logps, with_stored_reference
+from dpo_fast.integrations.trl.batches import PACKED, CannotPackError, Packing, PackingCollator
+from dpo_fast.integrations.trl.forward import answer_padded_rows
+from dpo_fast.integrations.trl.metrics import PendingMetrics
+from dpo_fast.integrations.trl.objective import objective_of
+from dpo_fast.integrations.trl.reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.forward import prepare_forward

@@ -18,7 +18,7 @@ from trl.trainer.utils import use_adapter
 from dpo_fast.batches.completion_pieces import by_completion
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.integrations.trl_batches import PackingCollator, by_pair, pair_groups
+from dpo_fast.integrations.trl.batches import PackingCollator, by_pair, pair_groups
 from dpo_fast.reference.reference import Reference
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ check_trl_version()  # before anything is taken from inside TRL
 
 from trl.trainer import dpo_trainer, utils  # noqa: E402
 
-from dpo_fast.integrations.trl_kernel import STOCK_KERNEL, LinearLogProbs  # noqa: E402
-from dpo_fast.integrations.trl_trainer import ADDED, STOCK, DPOTrainer  # noqa: E402
+from dpo_fast.integrations.trl.kernel import STOCK_KERNEL, LinearLogProbs  # noqa: E402
+from dpo_fast.integrations.trl.trainer import ADDED, STOCK, DPOTrainer  # noqa: E402
 
 
 def patch_trl() -> None:

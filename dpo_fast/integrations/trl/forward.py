@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_fast.integrations.trl_batches import CannotPackError, Packing
+from dpo_fast.integrations.trl.batches import CannotPackError, Packing
 
 # What the packed forward answers, by TRL's names: log_sum_sq_probs is none of it.
 _STATISTICS = {"entropy": "entropy", "mean_logits": "mean_logit", "is_top1": "is_top1"}
