@@ -41,7 +41,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from dpo_fast.demo.model import demo_model
+    from dpo_fast.commands.demo.model import demo_model
 
     model = options.model or str(demo_model())
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.model is None:
-        from dpo_fast.demo.model import demo_model
+        from dpo_fast.commands.demo.model import demo_model
 
         options.model = str(demo_model())
 

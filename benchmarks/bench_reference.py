@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.model is None:
-        from dpo_fast.demo.model import demo_model
+        from dpo_fast.commands.demo.model import demo_model
 
         options.model = str(demo_model())
     context = multiprocessing.get_context("spawn")

@@ -49,7 +49,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from dpo_fast.demo.model import demo_model
+    from dpo_fast.commands.demo.model import demo_model
 
     model = options.model or str(demo_model())
     groups = dataset_groups(

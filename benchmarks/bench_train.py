@@ -48,7 +48,7 @@ from train_side import DoesNotFit, Side
 from train_summary import GRADIENT_TOLERANCE, bare_gemm_rate, check_values, figures, table
 from train_workloads import PUBLISHED, Group, dataset_groups, save_rows, synthetic_groups
 
-from dpo_fast.bench.turns import loss_tolerance
+from dpo_fast.commands.bench.turns import loss_tolerance
 
 MICRO_BATCHES = (1, 2, 4, 8)
 GRID_CHOICES = {"lora": ("no", "yes"), "precision": tuple(GRADIENT_TOLERANCE), "synthetic": tuple(PUBLISHED)}
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """One comparison: prepares the rows, runs the sides, checks them, prints and writes the result."""
     is_demo = options.model is None
     if is_demo:
-        from dpo_fast.demo.model import demo_model
+        from dpo_fast.commands.demo.model import demo_model
 
         options.model = str(demo_model())
     groups_a_step = options.global_batch if options.best else options.batch_size * options.accumulation
@@ -202,7 +202,7 @@ def _groups(options: argparse.Namespace, count: int) -> list[Group]:
         return synthetic_groups(options.synthetic, count, vocab_size=vocab_size, **lengths)
     from transformers import AutoTokenizer
 
-    from dpo_fast.demo.model import demo_model
+    from dpo_fast.commands.demo.model import demo_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model() if options.model in RANDOM_MODELS else options.model)
     return dataset_groups(options.dataset, count, tokenizer=tokenizer, vocab_size=vocab_size, **lengths)

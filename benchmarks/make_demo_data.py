@@ -1,13 +1,13 @@
 """Makes the data of `dpo-fast demo`: controlled sentiment, as in section 6.1 of the DPO paper (arXiv 2305.18290).
 
-    python benchmarks/make_demo_data.py --out dpo_fast/demo
+    python benchmarks/make_demo_data.py --out dpo_fast/commands/demo
 
 For every line of `demo_prompts.txt` the demo model samples `CANDIDATES` continuations of plain text (temperature 0.8,
 top-p 0.95, no chat template). A continuation is cut after its last full sentence, because the trainer ends it with the
 EOS token and the policy should learn to stop there, not in mid-sentence. One without a full sentence, one that goes on
 inside the prompt's last word (its tokens would be others when prompt and completion are read as one text), one with
-broken characters or a swear word, and duplicates are dropped. `dpo_fast.demo.reward.sentiment` of the continuation
-alone is its score.
+broken characters or a swear word, and duplicates are dropped. Its score is
+`dpo_fast.commands.demo.samples.sentiment` of the continuation alone.
 
 Four candidates are kept: those with the lowest and the highest score, and those nearest to one third and two thirds of
 the way between them, in alphabetical order. They span what the model writes after this prompt, so nearly every
@@ -31,8 +31,8 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_fast.demo.model import demo_model
-from dpo_fast.demo.reward import sentiment
+from dpo_fast.commands.demo.model import demo_model
+from dpo_fast.commands.demo.samples import sentiment
 
 PROMPTS = Path(__file__).with_name("demo_prompts.txt")
 CANDIDATES = 8

@@ -6,6 +6,7 @@ Names are imported when they are first used, so that importing this package load
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("dpo-fast")
     if name not in _HOMES:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

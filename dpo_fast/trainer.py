@@ -37,6 +37,7 @@ from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary
+from dpo_fast.errors import InputError
 from dpo_fast.losses import COUPLED, REFERENCE_FREE
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
@@ -119,9 +120,9 @@ class DPOTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path or "model"
             args = DPOConfig(output_dir=f"{Path(name).name}-DPO")
         if train_dataset is None:
-            raise ValueError("train_dataset is None; pass a dataset of preferences")
+            raise InputError("train_dataset is None; pass a dataset of preferences")
         if ref_model is not None and ref_model is model:
-            raise ValueError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
+            raise InputError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
         if args.device.type == "cpu":
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
@@ -149,7 +150,7 @@ class DPOTrainer(Trainer):
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self._reference_free = set(args.loss_mix) <= set(REFERENCE_FREE)
         if self._reference_free and ref_model is not None:
-            raise ValueError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
+            raise InputError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
         self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
         self.layout = prepare_forward(base, args.layout)
         model = prepare_peft(model, peft_config, args)
@@ -177,7 +178,7 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         if args.n_gpu > 1:
-            raise ValueError(
+            raise InputError(
                 f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share out; start with "
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
@@ -222,7 +223,7 @@ class DPOTrainer(Trainer):
         if self.reference is None or self.reference.column in (columns := column_names(dataset)):
             return dataset
         if "ref_logps" in columns:
-            raise ValueError(
+            raise InputError(
                 f"ref_chosen_logps: the {name} dataset has sums of reference log-probs, and ld_alpha="
                 f"{self.args.ld_alpha} needs those of every token; drop ref_chosen_logps and ref_rejected_logps, and "
                 "they are computed"
@@ -457,7 +458,7 @@ class DPOTrainer(Trainer):
             return self.reference.with_stored_logps(dataset)
         except ValueError as error:
             reference = "ref_model" if self._own_reference else "the policy before training"
-            raise ValueError(
+            raise InputError(
                 f"eval_dataset {name!r} needs reference log-probs that the reference store lacks ({error}), and the "
                 f"reference ({reference}) is not kept; give the dataset to DPOTrainer(eval_dataset=…) instead, or fill "
                 "the store with `dpo-fast cache`"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dpo_fast
-from dpo_fast.demo.model import demo_model
+from dpo_fast.commands.demo.model import demo_model
 
 
 class PreferenceModule(lightning.LightningModule):
@@ -43,7 +43,7 @@ class PreferenceModule(lightning.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, or name on the Hub")
-    parser.add_argument("--dataset", default=str(files("dpo_fast") / "demo" / "train.jsonl"))
+    parser.add_argument("--dataset", default=str(files("dpo_fast") / "commands" / "demo" / "train.jsonl"))
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--output_dir", default="lightning-dpo")
     options = parser.parse_args()

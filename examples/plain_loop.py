@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_fast
-from dpo_fast.demo.model import demo_model
+from dpo_fast.commands.demo.model import demo_model
 
 BETA, LEARNING_RATE, GROUPS_PER_BATCH, MAX_LENGTH, MAX_TOKENS = 0.1, 3e-5, 4, 1024, 8192
 
@@ -25,7 +25,7 @@ BETA, LEARNING_RATE, GROUPS_PER_BATCH, MAX_LENGTH, MAX_TOKENS = 0.1, 3e-5, 4, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, or name on the Hub")
-    parser.add_argument("--dataset", default=str(files("dpo_fast") / "demo" / "train.jsonl"))
+    parser.add_argument("--dataset", default=str(files("dpo_fast") / "commands" / "demo" / "train.jsonl"))
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--output_dir", default="plain-loop-dpo")
     options = parser.parse_args()

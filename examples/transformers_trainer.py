@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import dpo_fast
-from dpo_fast.demo.model import demo_model
+from dpo_fast.commands.demo.model import demo_model
 
 
 class PreferenceTrainer(Trainer):
@@ -45,7 +45,7 @@ class PreferenceTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, or name on the Hub")
-    parser.add_argument("--dataset", default=str(files("dpo_fast") / "demo" / "train.jsonl"))
+    parser.add_argument("--dataset", default=str(files("dpo_fast") / "commands" / "demo" / "train.jsonl"))
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--output_dir", default="transformers-trainer-dpo")
     options = parser.parse_args()

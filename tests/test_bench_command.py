@@ -16,13 +16,13 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from dpo_fast import cli
-from dpo_fast.arguments import parse_train_arguments
-from dpo_fast.bench import command, peers, turns, worker
-from dpo_fast.bench.figures import settings_figures
-from dpo_fast.bench.positions import count_positions, outlines
-from dpo_fast.bench.settings import Setting, Trial, fastest, try_settings
-from dpo_fast.bench.turns import Side, SideError, check_losses, compare, loss_tolerance
-from dpo_fast.bench.worker import Failure, Job, Report
+from dpo_fast.commands.arguments import parse_train_arguments
+from dpo_fast.commands.bench import command, peers, turns, worker
+from dpo_fast.commands.bench.figures import settings_figures
+from dpo_fast.commands.bench.positions import count_positions, outlines
+from dpo_fast.commands.bench.settings import Setting, Trial, fastest, try_settings
+from dpo_fast.commands.bench.turns import Side, SideError, check_losses, compare, loss_tolerance
+from dpo_fast.commands.bench.worker import Failure, Job, Report
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_model, tiny_tokenizer

@@ -7,8 +7,7 @@ from datasets import Dataset
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.bench.order import epoch_batches, first_steps
-from dpo_fast.bench.positions import count_positions, outlines
+from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, outlines
 from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_tokenizer
 from preferences import make_trainer, pairs

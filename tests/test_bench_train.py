@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.bench.turns import loss_tolerance
+from dpo_fast.commands.bench.turns import loss_tolerance
 from families import VOCAB, tiny_model, tiny_tokenizer
 from preferences import pairs, ranked
 

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpo_fast import cli
+from dpo_fast.commands.launch import LAUNCHED_MARKS
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 
@@ -17,7 +18,7 @@ ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 @pytest.fixture(autouse=True)
 def plain_surroundings(tmp_path, monkeypatch):
     """No launcher around us, no default configuration of accelerate, and a working directory of our own."""
-    for mark in cli.LAUNCHED_MARKS:
+    for mark in LAUNCHED_MARKS:
         monkeypatch.delenv(mark, raising=False)
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
     monkeypatch.setenv("DPO_FAST_TEST_VARIABLE", "")
@@ -110,7 +111,7 @@ def test_a_command_line_of_trl_works_unchanged(library):
 
 def test_every_flag_of_trl_is_known():
     scripts = pytest.importorskip("trl.scripts.dpo")
-    from dpo_fast.arguments import _train_parser
+    from dpo_fast.commands.arguments import _train_parser
 
     flags = set(scripts.make_parser()._option_string_actions)
     assert flags - set(_train_parser()._option_string_actions) == set()
@@ -218,14 +219,14 @@ def test_folders_and_files_that_exist_are_taken(library, tmp_path):
 )
 def test_a_missing_extra_is_named_with_its_cure(library, monkeypatch, capsys, package, flags, cure):
     monkeypatch.setattr(
-        "dpo_fast.arguments.find_spec", lambda name: None if name == package else types.SimpleNamespace()
+        "dpo_fast.commands.arguments.find_spec", lambda name: None if name == package else types.SimpleNamespace()
     )
     assert run(*flags) == 2
     refused(capsys, f"{package} is not installed", "pip install", cure)
 
 
 def test_quantization_follows_the_flags(library, monkeypatch):
-    monkeypatch.setattr("dpo_fast.arguments.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("dpo_fast.commands.arguments.find_spec", lambda name: types.SimpleNamespace())
     assert run("--use_peft", "--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16") == 0
     quantization = library.arguments["quantization_config"]
     assert quantization.load_in_4bit and quantization.bnb_4bit_use_double_quant
@@ -286,11 +287,13 @@ def test_a_bug_keeps_its_traceback(library, stage, error):
 
 
 def test_what_dpo_fast_refuses_during_training_costs_one_line(library, capsys, monkeypatch):
-    from dpo_fast.config import _pad_multiple
+    from dpo_fast.training.checkpoints import find_checkpoint
 
-    monkeypatch.setattr("dpo_fast.trainer.DPOTrainer.train", lambda self, resume_from_checkpoint: _pad_multiple("many"))
+    monkeypatch.setattr(
+        "dpo_fast.trainer.DPOTrainer.train", lambda self, resume_from_checkpoint: find_checkpoint("gone", "out")
+    )
     assert run() == 2
-    refused(capsys, "pad_to_multiple_of='many'")
+    refused(capsys, "resume_from_checkpoint", "gone")
 
 
 class Replaced(Exception):
@@ -343,7 +346,7 @@ def test_several_gpus_start_accelerate(library, launched, monkeypatch):
     assert run("--use_cpu") == 0
 
 
-@pytest.mark.parametrize("mark", cli.LAUNCHED_MARKS)
+@pytest.mark.parametrize("mark", LAUNCHED_MARKS)
 def test_a_launched_process_trains(library, launched, monkeypatch, mark):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     # A rank without the rest of a launcher's variables would make accelerate wait for its peers.
@@ -355,14 +358,14 @@ def test_a_launched_process_trains(library, launched, monkeypatch, mark):
 
 def test_demo_gets_its_options(monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr("dpo_fast.demo.run.main", lambda options: seen.update(vars(options)))
+    monkeypatch.setattr("dpo_fast.commands.demo.command.run", lambda options: seen.update(vars(options)) or 0)
     assert cli.main(["demo", "--seed", "3", "--model", "m"]) == 0
     assert (seen["seed"], seen["model"], seen["output_dir"]) == (3, "m", "runs/demo")
 
     def without_extra(options):
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 
-    monkeypatch.setattr("dpo_fast.demo.run.main", without_extra)
+    monkeypatch.setattr("dpo_fast.commands.demo.command.run", without_extra)
     assert cli.main(["demo"]) == 2
     refused(capsys, "gguf", 'pip install "dpo-fast[demo]"')
 
@@ -392,7 +395,7 @@ def test_doctor_judges_the_machine_and_a_model(tmp_path, monkeypatch, capsys):
 
 
 def test_doctor_names_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr("dpo_fast.doctor._version", lambda name: None if name in ("peft", "torch") else "1")
+    monkeypatch.setattr("dpo_fast.commands.doctor._version", lambda name: None if name in ("peft", "torch") else "1")
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert 'LoRA adapters: pip install "dpo-fast[peft]"' in text and 'torch is required: pip install "torch"' in text

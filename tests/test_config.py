@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from dpo_fast.arguments import TRL_ONLY
+from dpo_fast.commands.arguments import TRL_ONLY
 from dpo_fast.config import DPOConfig
 from dpo_fast.losses import LOSSES, SMOOTHED
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_fast import demo
-from dpo_fast.demo import model as demo_model_module
-from dpo_fast.demo.model import NAME, demo_model
-from dpo_fast.demo.reward import sentiment
+from dpo_fast.commands import demo
+from dpo_fast.commands.demo import model as demo_model_module
+from dpo_fast.commands.demo.model import NAME, demo_model
+from dpo_fast.commands.demo.samples import sentiment
 from dpo_fast.machine import cache_dir
 
 FOLDER = Path(demo.__file__).parent

@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 
 from dpo_fast import cli
 from dpo_fast import trainer as trainer_module
+from dpo_fast.commands import train
 from dpo_fast.reference.store.maintenance import export, info
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
@@ -270,7 +271,7 @@ def test_the_reference_of_an_engine_in_bf16_runs_in_its_arithmetic(tmp_path, eng
 def fill_then_find_on_a_rank(*flags: str) -> None:
     shard_on_cpus()
     assert cli.main(["cache", *flags]) == 0
-    trainer = cli.prepare([*flags, "--output_dir", f"{flags[-1]}-out"])
+    trainer = train.make_trainer(train.read_arguments([*flags, "--output_dir", f"{flags[-1]}-out"]), DPOTrainer)
     assert trainer.reference.store.computed == 0
     if trainer.accelerator.is_main_process:
         assert len(info(trainer.args.reference_cache_dir)) == 1

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_fast import DPOCollator, load_preference_dataset
-from dpo_fast.arguments import parse_train_arguments
+from dpo_fast.commands.arguments import parse_train_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer

@@ -27,7 +27,7 @@ from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 import dpo_fast  # noqa: E402
-from dpo_fast import run_command as run  # noqa: E402
+from dpo_fast.commands import run as run  # noqa: E402
 from dpo_fast.integrations.trl import DPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 from dpo_fast.integrations.trl.batches import CannotPackError, pair_groups  # noqa: E402
 from dpo_fast.integrations.trl.kernel import LinearLogProbs  # noqa: E402

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from dpo_fast.errors import InputError
+
 Message = dict[str, Any]
 Row = dict[str, Any]
 
@@ -98,9 +100,9 @@ def _message(value: Any, column: str) -> Message:
     if isinstance(value, dict) and "from" in value:
         speaker = value["from"]
         if speaker not in ROLES:
-            raise ValueError(f"column {column!r}: speaker {speaker!r} is unknown; use one of {', '.join(ROLES)}")
+            raise InputError(f"column {column!r}: speaker {speaker!r} is unknown; use one of {', '.join(ROLES)}")
         return {"role": ROLES[speaker], "content": value.get("value", "")}
-    raise ValueError(
+    raise InputError(
         f"column {column!r}: {_shown(value)} is not a message; a message has the keys 'role' and 'content' "
         "(or 'from' and 'value')"
     )
@@ -111,13 +113,13 @@ def _messages(value: Any, column: str, role: str = "assistant") -> list[Message]
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not _is_conversation(value):
-        raise ValueError(f"column {column!r}: {_shown(value)} is neither text, nor a message, nor a list of messages")
+        raise InputError(f"column {column!r}: {_shown(value)} is neither text, nor a message, nor a list of messages")
     return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
 
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r}: expected text or a list of messages, got {_shown(value)}")
+        raise InputError(f"column {column!r}: expected text or a list of messages, got {_shown(value)}")
     return value
 
 
@@ -132,12 +134,12 @@ def _template_arguments(row: Row) -> dict[str, Any]:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
-            raise ValueError(f"column 'tools': not valid JSON ({error}); give a list of JSON schemas") from error
+            raise InputError(f"column 'tools': not valid JSON ({error}); give a list of JSON schemas") from error
     else:
         tools = without_none(tools)
     arguments = row.get("chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, dict):
-        raise ValueError(f"column 'chat_template_kwargs': expected a dict, got {_shown(arguments)}")
+        raise InputError(f"column 'chat_template_kwargs': expected a dict, got {_shown(arguments)}")
     return {"tools": tools, **without_none(arguments or {})}
 
 
@@ -170,7 +172,7 @@ def _repeated_prompt(prompt: str, conversations: list[list[Message]]) -> tuple[l
     split = min(_divergence(conversations[0], other) for other in conversations[1:])
     shared = conversations[0][:split]
     if not any(message.get("content") == prompt for message in shared):
-        raise ValueError(
+        raise InputError(
             "column 'prompt' is text, and the completions are conversations that do not begin with an assistant's "
             "message and do not share a message with that text; give the prompt as a list of messages, or leave the "
             "prompt column out"
@@ -200,7 +202,7 @@ def _read_sharegpt(row: Row) -> Example:
 def _prompt_and_answers(row: Row) -> tuple[Any, list[Any]]:
     completions = row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError(
+        raise InputError(
             f"column 'completions': expected a list of at least two, to be compared, got {_shown(completions)}; put "
             "the completions of a prompt into one row, or leave the row out"
         )
@@ -212,7 +214,7 @@ def _read_ranked(row: Row) -> Example:
     column = "scores" if "scores" in row else "ranks"
     values = _one_for_each(row[column], column, len(completions), "completions")
     if not all(map(is_finite, values)):
-        raise ValueError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
+        raise InputError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
     scores = values if column == "scores" else [-rank for rank in values]
     return Example(prompt, completions, comparisons_from_scores(scores), _template_arguments(row), scores=scores)
 
@@ -221,16 +223,16 @@ def _read_compared(row: Row) -> Example:
     prompt, completions = _prompt_and_answers(row)
     comparisons, allowed = row["comparisons"], range(len(completions))
     if not isinstance(comparisons, list):
-        raise ValueError(f"column 'comparisons': expected a list of [winner, loser], got {_shown(comparisons)}")
+        raise InputError(f"column 'comparisons': expected a list of [winner, loser], got {_shown(comparisons)}")
     for pair in comparisons:
         indices = isinstance(pair, list) and len(pair) == 2 and all(isinstance(index, int) for index in pair)
         if not indices or pair[0] == pair[1] or not all(index in allowed for index in pair):
-            raise ValueError(
+            raise InputError(
                 f"column 'comparisons': {pair} is not [winner, loser], two different indices from 0 to {allowed[-1]} "
                 f"of the {len(completions)} completions"
             )
     if cycle := _cycle(comparisons):
-        raise ValueError(
+        raise InputError(
             f"column 'comparisons': completions {' > '.join(map(str, cycle))} contradict each other; remove one of "
             "these comparisons"
         )
@@ -245,7 +247,7 @@ def _read_compared(row: Row) -> Example:
 def _one_for_each(values: Any, column: str, count: int, what: str) -> list[Any]:
     if not isinstance(values, list) or len(values) != count:
         found = len(values) if isinstance(values, list) else _shown(values)
-        raise ValueError(f"column {column!r}: expected one for each of the {count} {what}, got {found}")
+        raise InputError(f"column {column!r}: expected one for each of the {count} {what}, got {found}")
     return values
 
 
@@ -256,7 +258,7 @@ def is_finite(value: Any) -> bool:
 
 def _weight(value: Any, column: str) -> float:
     if not is_finite(value) or value < 0:
-        raise ValueError(f"column {column!r}: expected a finite number, 0 or more, got {value}")
+        raise InputError(f"column {column!r}: expected a finite number, 0 or more, got {value}")
     return value
 
 
@@ -268,7 +270,7 @@ def row_weight(row: Row) -> float:
 def row_offset(row: Row) -> float:
     """The margin in reward that the winner of a row's pair should have."""
     if not is_finite(row["offset"]):
-        raise ValueError(
+        raise InputError(
             f"column 'offset': expected a finite number, got {row['offset']}; give one in every row (0 asks for no "
             "margin), or leave the column out"
         )
@@ -341,31 +343,31 @@ def detect_format(columns: Collection[str]) -> Format:
     """
     found = f"found the columns {', '.join(sorted(columns)) or '(none)'}"
     if vision := {"image", "images"} & set(columns):
-        raise ValueError(f"dataset: {found}; images are not supported; remove {', '.join(vision)} to train on text")
+        raise InputError(f"dataset: {found}; images are not supported; remove {', '.join(vision)} to train on text")
     for candidate in FORMATS:
         if set(candidate.required) <= set(columns):
             if "completions" in candidate.required:
                 _check_ranked(columns, found)
             references = set(columns) & set(_REFERENCE_COLUMNS)
             if len(references) == 1 and references <= set(candidate.optional):
-                raise ValueError(f"dataset: {found}; give both of {' and '.join(_REFERENCE_COLUMNS)}, or none of them")
+                raise InputError(f"dataset: {found}; give both of {' and '.join(_REFERENCE_COLUMNS)}, or none of them")
             return candidate
     if {"completion", "label"} <= set(columns):
-        raise ValueError(
+        raise InputError(
             f"dataset: {found}; completion with label is unpaired preference data (KTO), which is not supported: here "
             "completions of one prompt are compared, as pairs (prompt, chosen, rejected) or ranked (prompt, "
             "completions, scores). Put the rows of each prompt into one row, with their labels as scores, or train "
             "with a KTO trainer"
         )
     accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
-    raise ValueError(f"dataset: {found}. Rename the columns to one of the accepted formats:{accepted}")
+    raise InputError(f"dataset: {found}. Rename the columns to one of the accepted formats:{accepted}")
 
 
 def _check_ranked(columns: Collection[str], found: str) -> None:
     if len({"scores", "ranks", "comparisons"} & set(columns)) > 1:
-        raise ValueError(f"dataset: {found}; give either scores or ranks or comparisons, one of them only")
+        raise InputError(f"dataset: {found}; give either scores or ranks or comparisons, one of them only")
     if "offset" in columns:
-        raise ValueError(
+        raise InputError(
             f"dataset: {found}; offset is the margin of one comparison, and a row of completions holds several: give "
             "pairs (prompt, chosen, rejected, offset), or remove it"
         )

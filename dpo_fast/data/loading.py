@@ -8,6 +8,8 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError
 
+from dpo_fast.errors import InputError
+
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = ", ".join(FILE_FORMATS)
 AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
@@ -31,14 +33,14 @@ def load_preference_dataset(
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if looks_local(name_or_path):
-            raise ValueError(f"name_or_path: {name_or_path!r} does not exist; give a valid path or a name on the Hub")
+            raise InputError(f"name_or_path: {name_or_path!r} does not exist; give a valid path or a name on the Hub")
         return _load(name_or_path, name_or_path, config_name, split=split, streaming=streaming)
     if path.is_dir():
         return _load_folder(path, config_name, split, streaming)
     if path.suffix not in FILE_FORMATS:
-        raise ValueError(f"name_or_path: {name_or_path!r} ends in {path.suffix!r}; the file formats are {SUFFIXES}")
+        raise InputError(f"name_or_path: {name_or_path!r} ends in {path.suffix!r}; the file formats are {SUFFIXES}")
     if path.stat().st_size == 0:
-        raise ValueError(f"name_or_path: {name_or_path!r} is an empty file; it must hold at least one row")
+        raise InputError(f"name_or_path: {name_or_path!r} is an empty file; it must hold at least one row")
     return _load(name_or_path, FILE_FORMATS[path.suffix], data_files=str(path), split=split, streaming=streaming)
 
 
@@ -52,7 +54,7 @@ def _load_folder(path: Path, config_name: str | None, split: str | None, streami
         saved = datasets.load_from_disk(str(path))
         splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
         if split is not None and split not in splits:
-            raise ValueError(f"split: {split!r} is not in the dataset saved at '{path}'; it has {', '.join(splits)}")
+            raise InputError(f"split: {split!r} is not in the dataset saved at '{path}'; it has {', '.join(splits)}")
         chosen = saved[split] if split is not None and isinstance(saved, DatasetDict) else saved
         if not streaming:
             return chosen
@@ -60,7 +62,7 @@ def _load_folder(path: Path, config_name: str | None, split: str | None, streami
             return chosen.to_iterable_dataset()
         return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in chosen.items()})
     if not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
-        raise ValueError(f"name_or_path: the folder '{path}' holds no data file; the file formats are {SUFFIXES}")
+        raise InputError(f"name_or_path: the folder '{path}' holds no data file; the file formats are {SUFFIXES}")
     return _load(str(path), str(path), config_name, split=split, streaming=streaming)
 
 
@@ -69,16 +71,16 @@ def _load(shown: str, *args, **kwargs) -> AnyDataset:
     try:
         loaded = datasets.load_dataset(*args, **kwargs)
     except DatasetGenerationError as error:
-        raise ValueError(f"name_or_path: {shown!r} cannot be read: {error.__cause__ or error}") from error
+        raise InputError(f"name_or_path: {shown!r} cannot be read: {error.__cause__ or error}") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
+        raise InputError(
             f"name_or_path: {shown!r} is not a local path and was not loaded from the Hugging Face Hub ({error}); "
             "check the spelling, the network, and that you have access (`hf auth login`)"
         ) from error
     except ValueError as error:
-        raise ValueError(f"name_or_path: {shown!r} was not loaded: {error}") from error
+        raise InputError(f"name_or_path: {shown!r} was not loaded: {error}") from error
     if kwargs["streaming"]:
         return loaded
     if sum(map(len, loaded.values())) == 0 if isinstance(loaded, DatasetDict) else len(loaded) == 0:
-        raise ValueError(f"name_or_path: {shown!r} holds no rows")
+        raise InputError(f"name_or_path: {shown!r} holds no rows")
     return loaded

@@ -39,6 +39,7 @@ from dpo_fast.data.truncation import (
     TRUNCATION_MODES,
     TruncateRows,
 )
+from dpo_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def prepare_dataset(
     )
     summary, kept = _account(truncated, len(dataset))
     if not summary.groups:
-        raise ValueError(
+        raise InputError(
             f"dataset: none of the {summary.rows} rows of the {name} dataset is usable ({_listed(summary.dropped)}); "
             f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ and "
             "weights above 0"
@@ -162,21 +163,21 @@ def prepare_dataset(
 
 def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, comparisons: str, name: str) -> None:
     if isinstance(dataset, IterableDataset | IterableDatasetDict):
-        raise ValueError(
+        raise InputError(
             f"dataset: the {name} dataset is a stream ({type(dataset).__name__}); take "
             "dpo_fast.data.prepare.prepare_stream, or load it without streaming=True"
         )
     if not isinstance(dataset, Dataset):
         splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
-        raise ValueError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
+        raise InputError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
     if len(dataset) == 0:
-        raise ValueError(f"dataset: the {name} dataset has no rows; it must have at least one")
+        raise InputError(f"dataset: the {name} dataset has no rows; it must have at least one")
     if truncation_mode not in TRUNCATION_MODES:
-        raise ValueError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
+        raise InputError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
     if comparisons not in COMPARISON_CHOICES:
-        raise ValueError(f"comparisons: {comparisons!r} is unknown; use one of {', '.join(COMPARISON_CHOICES)}")
+        raise InputError(f"comparisons: {comparisons!r} is unknown; use one of {', '.join(COMPARISON_CHOICES)}")
     if max_length is not None and max_length < 2:
-        raise ValueError(
+        raise InputError(
             f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
         )
 
@@ -261,7 +262,7 @@ def prepare_stream(
     """
     columns = column_names(dataset)
     if not columns:
-        raise ValueError(f"dataset: the {name} stream has no rows; it must have at least one")
+        raise InputError(f"dataset: the {name} stream has no rows; it must have at least one")
     source = detect_format(columns)
     rows = dataset.select_columns([column for column in columns if column in source.columns])
     if source is not PREPARED:
@@ -290,7 +291,7 @@ def prepare_stream(
 def _is_usable(row: dict[str, Any]) -> bool:
     supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
     if row["comparisons"] and row["truncated"] and supplied:
-        raise ValueError(
+        raise InputError(
             "ref_chosen_logps: a row of the stream was cut to max_length, and its reference log-probs are those of the "
             "whole; raise max_length, or leave the columns out to have them computed"
         )

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data import formats
 from dpo_fast.data.formats import Example, Format, Row, row_offset, row_weight
+from dpo_fast.errors import InputError
 
 # Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
 _CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(formats.__file__).read_bytes()).hexdigest()
@@ -57,7 +58,7 @@ class TokenizeRows:
         try:
             return function(*args)
         except ValueError as error:
-            raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
+            raise InputError(f"{self.name} dataset, row {index}: {error}") from error
 
     def _split(self, example: Example, prompt: list[int], *whole: list[int]) -> Row:
         if whole:
@@ -94,7 +95,7 @@ class TokenizeRows:
     def _tokenize_text(self, examples: list[Example]) -> list[list[list[int]]]:
         eos = self.tokenizer.eos_token
         if eos is None:
-            raise ValueError(
+            raise InputError(
                 "tokenizer: it has no eos_token, which ends every completion of plain text; set tokenizer.eos_token"
             )
         texts = []
@@ -108,7 +109,7 @@ class TokenizeRows:
         """The same for conversations whose template arguments are equal."""
         arguments = examples[0].template_arguments
         if "chat_template" not in arguments and getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
+            raise InputError(
                 "tokenizer: it has no chat_template, which conversational rows need; use an instruct model's "
                 "tokenizer, set tokenizer.chat_template, or give prompt, chosen and rejected as plain text"
             )
@@ -119,7 +120,7 @@ class TokenizeRows:
         except Exception as error:
             # A template may refuse a conversation with any exception: find the row to name it.
             if len(examples) == 1:
-                raise ValueError(f"{self.name} dataset, row {indices[0]}: the chat template failed: {error}") from error
+                raise InputError(f"{self.name} dataset, row {indices[0]}: the chat template failed: {error}") from error
             pairs = zip(examples, indices, strict=True)
             return [ids for example, index in pairs for ids in self._tokenize_conversations([example], [index])]
         pairs = zip(examples, prompts, strict=True)
@@ -139,7 +140,7 @@ def _common_prefix_length(left: list[int], right: list[int]) -> int:
 def _reference_logps(row: Row) -> list[float]:
     values = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
     if not all(value is not None and math.isfinite(value) for value in values):
-        raise ValueError(f"columns 'ref_chosen_logps', 'ref_rejected_logps': expected finite numbers, got {values}")
+        raise InputError(f"columns 'ref_chosen_logps', 'ref_rejected_logps': expected finite numbers, got {values}")
     return values
 
 

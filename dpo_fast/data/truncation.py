@@ -20,6 +20,7 @@ from dpo_fast.batches import groups
 from dpo_fast.batches.groups import ComparisonChoice, PreferenceGroup
 from dpo_fast.data.columns import FIELDS, OPTIONAL_FIELDS, REFERENCE_FIELDS
 from dpo_fast.data.formats import is_finite
+from dpo_fast.errors import InputError
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 COMPARISON_CHOICES = get_args(ComparisonChoice)
@@ -48,7 +49,7 @@ def group_from_row(row: dict[str, Any], where: str) -> PreferenceGroup:
     )
     for column in OPTIONAL_FIELDS:
         if column in row and row[column] is None:
-            raise ValueError(f"{where}: column {column!r} is missing; give it in every row, or leave the column out")
+            raise InputError(f"{where}: column {column!r} is missing; give it in every row, or leave the column out")
     _check(group, where)
     return group
 
@@ -56,7 +57,7 @@ def group_from_row(row: dict[str, Any], where: str) -> PreferenceGroup:
 def _check(group: PreferenceGroup, where: str) -> None:
     count = len(group.completion_ids)
     if any(not 0 <= index < count for pair in group.comparisons for index in pair):
-        raise ValueError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
+        raise InputError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
     for column, needed, what in (
         ("comparison_weights", len(group.comparisons), "comparisons"),
         ("comparison_offsets", len(group.comparisons), "comparisons"),
@@ -67,12 +68,12 @@ def _check(group: PreferenceGroup, where: str) -> None:
     ):
         values = getattr(group, column)
         if values is not None and len(values) != needed:
-            raise ValueError(f"{where}: column {column!r} holds {len(values)} for {needed} {what}; give one for each")
+            raise InputError(f"{where}: column {column!r} holds {len(values)} for {needed} {what}; give one for each")
         flat = chain(*values) if column == "ref_token_logps" and values is not None else values
         if flat is not None and not all(map(is_finite, flat)):
-            raise ValueError(f"{where}: column {column!r}: expected finite numbers, got {values}")
+            raise InputError(f"{where}: column {column!r}: expected finite numbers, got {values}")
     if any(weight < 0 for weight in group.comparison_weights):
-        raise ValueError(
+        raise InputError(
             f"{where}: column 'comparison_weights': {group.comparison_weights} must be 0 or more; let the other "
             "completion win instead"
         )
@@ -221,7 +222,7 @@ class TruncateRows:
             if ids and (min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size)):
                 wrong = min(ids) if min(ids) < 0 else max(ids)
                 size = "" if self.vocab_size is None else f" of {self.vocab_size} entries"
-                raise ValueError(
+                raise InputError(
                     f"{where}: token id {wrong} is outside the model's vocabulary{size}; use the model's own "
                     "tokenizer, or resize its embeddings when tokens were added"
                 )

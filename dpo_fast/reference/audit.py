@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
+from dpo_fast.errors import InputError
 from dpo_fast.reference.compute import Score
 from dpo_fast.reference.store.keys import group_keys, key_array
 from dpo_fast.reference.store.store import ReferenceStore
@@ -44,7 +45,7 @@ def audit(
     error = torch.minimum((stored - found).abs(), (stored - twice).abs())
     worst = int((error / allowed).nan_to_num(torch.inf).argmax())
     if not error[worst] <= allowed[worst]:
-        raise ValueError(
+        raise InputError(
             f"reference_cache_dir: {store.folder} holds a reference log-prob of {stored[worst]:.6f} nat where the "
             f"reference gives {found[worst]:.6f} now, further off than the {allowed[worst]:.1g} that rounding "
             "explains. Likely another version of PyTorch or of a kernel, another device or TF32 setting computed it; "

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.data.columns import WINDOW, token_tables
+from dpo_fast.errors import InputError
 from dpo_fast.reference.store.keys import CompletionKeys, key_array, prompt_keys
 from dpo_fast.reference.store.store import ReferenceStore
 
@@ -260,7 +261,7 @@ class ReferencePass:
 
     def _shrink(self, tokens: int, prompts: int, error: RuntimeError) -> None:
         if prompts == 1:
-            raise ValueError(
+            raise InputError(
                 f"max_length: the memory does not suffice for the reference pass on a single prompt and completions of "
                 f"{tokens} tokens; lower max_length, or take a larger device"
             ) from error
@@ -283,7 +284,7 @@ def _lagging(items: Iterator[Item]) -> Iterator[Item]:
 def _numbers(logps: Tensor) -> np.ndarray:
     values = logps.float().cpu().numpy()
     if np.isnan(values).any():  # kept, it would spoil every later run
-        raise ValueError(
+        raise InputError(
             f"ref_model: {int(np.isnan(values).sum())} of a batch's {len(values)} token log-probs are NaN and were not "
             "kept; a weight of the reference is NaN or inf, or it overflows in its dtype: take a checkpoint that has "
             "not diverged, or load it in bf16 or fp32"
@@ -312,7 +313,7 @@ def reference_column(keys: CompletionKeys, store: ReferenceStore, column: Column
     """Reference log-probs of some groups, a list for each, or for `ref_token_logps` a list of lists."""
     found, logps, _ = store.lookup(keys.values)
     if not found.all():
-        raise ValueError(
+        raise InputError(
             f"store: {store.folder} lacks {int((~found).sum())} of {len(found)} reference log-probs; run the reference "
             "pass on this dataset, all of its shards, to the end, and let all machines see its reference_cache_dir"
         )

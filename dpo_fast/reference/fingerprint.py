@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from dpo_fast.errors import InputError
 from dpo_fast.model.compilation import is_compiled
 from dpo_fast.model.head import logit_transform
 
@@ -184,7 +185,7 @@ def weights_fingerprint(model: nn.Module, adapters: bool) -> str:
     sharded: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     for name, tensor in weights:
         if tensor.is_meta:
-            raise ValueError(
+            raise InputError(
                 f"model has {name!r} on the meta device, without content; load it without offloading by device_map"
             )
         if id(tensor) not in sums:
@@ -228,7 +229,7 @@ def _named_weights(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tens
     for path, module in base.named_modules() if hasattr(model, "peft_config") else ():
         wrapped.update((path, name) for name in _ORIGINALS if getattr(module, "_modules", {}).get(name) is not None)
         if not adapters and getattr(module, "merged", False):
-            raise ValueError(f"model has an adapter merged into {path!r}, adapters=False; call unmerge_adapter() first")
+            raise InputError(f"model has an adapter merged into {path!r}, adapters=False; call unmerge_adapter() first")
     for name, tensor in model.state_dict(keep_vars=True).items():
         path = name.removeprefix(prefix).split(".")
         inner = ((wrapped.get(".".join(path[:depth])), path[depth]) for depth in range(len(path)))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.data.columns import COLUMNS, token_tables
+from dpo_fast.errors import InputError
 from dpo_fast.machine import cache_dir
 from dpo_fast.model.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
 from dpo_fast.reference.audit import audit
@@ -161,7 +162,7 @@ class Reference:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            raise ValueError(
+            raise InputError(
                 f"max_tokens_per_micro_batch={self._max_tokens}: the reference pass ran out of memory at "
                 f"{packed.num_tokens} tokens, on a model whose weights are shared out among the ranks; set it lower"
             ) from error
@@ -224,7 +225,7 @@ class Reference:
             ValueError: it lacks some, or the dataset is a stream.
         """
         if isinstance(dataset, IterableDataset):
-            raise ValueError("dataset: the rows of a stream are not known yet; give a dataset")
+            raise InputError("dataset: the rows of a stream are not known yet; give a dataset")
         return self._with_stored(dataset, CompletionKeys.of_tables(token_tables(dataset)))
 
     def _with_stored(self, dataset: Dataset, keys: CompletionKeys) -> Dataset:
@@ -242,7 +243,7 @@ class Reference:
             ValueError: rows would come in processes that do not have the model.
         """
         if workers:
-            raise ValueError(
+            raise InputError(
                 f"dataloader_num_workers={workers}: references of a stream are computed as its rows come, by the "
                 "process that has the model; set it to 0"
             )
@@ -281,7 +282,7 @@ class Reference:
             ValueError: the model is in ZeRO-3's shards, which no copy keeps together.
         """
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            raise ValueError(
+            raise InputError(
                 "train_dataset: a stream keeps a copy of the untrained model as its reference, and of ZeRO-3's shards "
                 "there is no copy; train an adapter (peft_config), give the rows as a dataset, or take FSDP2 or ZeRO-2"
             )

@@ -18,6 +18,8 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dpo_fast.errors import InputError
+
 STATE_FILE = "trainer_state.json"
 _TORCH_FILES = (".pt", ".pth", ".bin")
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -43,7 +45,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
         return None
     if resume_from_checkpoint is not True:
         if (part := _unfinished_part(Path(resume_from_checkpoint))) is not None:
-            raise ValueError(
+            raise InputError(
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} holds no complete {part}; give a checkpoint-… "
                 "folder that a trainer wrote to its end, not a saved model, or True for the last one in output_dir"
             )
@@ -55,7 +57,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
         logger.warning(
             "%s holds no complete %s: its run was stopped while it was written; trying the one before", folder, part
         )
-    raise ValueError(
+    raise InputError(
         f"resume_from_checkpoint is True, but {output_dir!r} holds no checkpoint-… folder"
         + (f" that is complete, of {len(numbered)}; leave resume_from_checkpoint out to begin anew" if numbered else "")
     )
@@ -99,9 +101,9 @@ def check_checkpoint(model: nn.Module, folder: str, accelerator: Accelerator) ->
     _check_zero(folder, accelerator)
     adapter, files = Path(folder, "adapter_model.safetensors"), sorted(Path(folder).glob("model*.safetensors"))
     if hasattr(model, "peft_config") and files and not adapter.exists():
-        raise ValueError(f"checkpoint {folder!r} holds a whole model, but an adapter is trained: leave out peft_config")
+        raise InputError(f"checkpoint {folder!r} holds a whole model, but an adapter is trained: leave out peft_config")
     if not hasattr(model, "peft_config") and adapter.exists():
-        raise ValueError(f"checkpoint {folder!r} holds an adapter, but the whole model is trained: pass peft_config")
+        raise InputError(f"checkpoint {folder!r} holds an adapter, but the whole model is trained: pass peft_config")
     expected = model.state_dict(keep_vars=True)
     if adapter.exists():
         from peft import get_peft_model_state_dict
@@ -110,9 +112,9 @@ def check_checkpoint(model: nn.Module, folder: str, accelerator: Accelerator) ->
     expected = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in expected.items()}  # whole in ZeRO-3
     for name, shape in _saved_shapes(files):
         if name not in expected:
-            raise ValueError(f"checkpoint {folder!r} has a weight {name!r} that the model lacks: it is another model's")
+            raise InputError(f"checkpoint {folder!r} has a weight {name!r} that the model lacks: it is another model's")
         if list(expected[name]) != shape:
-            raise ValueError(
+            raise InputError(
                 f"checkpoint {folder!r} has {name!r} of shape {shape}, the model {list(expected[name])}; resume "
                 "with the model and adapter configuration that the run began with"
             )
@@ -131,12 +133,12 @@ def _check_zero(folder: str, accelerator: Accelerator) -> None:
     saved, ranks = max((int(part[1]) + 1 for part in parts if part), default=0), accelerator.num_processes
     anew = f"begin a new run with model={folder!r} and ref_model the model that this run began with"
     if saved and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ValueError(
+        raise InputError(
             f"resume_from_checkpoint={folder!r} holds what only DeepSpeed's ZeRO can read, and this run is without; "
             f"resume with the configuration of accelerate that it was saved under, or {anew}"
         )
     if saved not in (0, ranks) and not Path(folder, "latest_universal").exists():
-        raise ValueError(
+        raise InputError(
             f"resume_from_checkpoint={folder!r} holds what DeepSpeed's ZeRO cut for {saved} ranks, and this run has "
             f"{ranks}; resume with {saved}, or {anew}"
         )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary, prepare_dataset, prepare_stream
+from dpo_fast.errors import InputError
 from dpo_fast.losses import SORTED, WITH_OFFSETS, uses
 
 
@@ -38,7 +39,7 @@ def prepare_preferences(
     }
     if isinstance(dataset, IterableDataset):
         if config.group_by_prompt:
-            raise ValueError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
+            raise InputError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
         groups = prepare_stream(dataset, tokenizer, **options)
         _check_offsets(config.loss_mix, "comparison_offsets" in groups.column_names, name)
         return groups, None
@@ -53,7 +54,7 @@ def prepare_preferences(
 def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:
     """Refuse offsets that no loss uses."""
     if given and not any(uses(loss, "offsets") for loss in losses):
-        raise ValueError(
+        raise InputError(
             f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
             f"column, or choose from {list(WITH_OFFSETS)}"
         )
@@ -64,7 +65,7 @@ def _check_weights(losses: Collection[str], dataset: Dataset, name: str) -> None
     if set(losses) & set(SORTED):
         weights = {weight for row in dataset["comparison_weights"] for weight in row}
         if len(weights) > 1:
-            raise ValueError(
+            raise InputError(
                 f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(SORTED)} "
                 "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
                 f"these losses out of loss_type={list(losses)}"

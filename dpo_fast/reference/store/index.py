@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from dpo_fast.errors import InputError
 from dpo_fast.reference.store.files import Folder, is_index
 from dpo_fast.reference.store.parts import (
     COLUMNS,
@@ -69,11 +70,11 @@ class Index:
             folder.fs.get_file(path, self._copy.name)
             path = self._copy.name
         if f"index-{_checksum(path)}.arrow" != name:
-            raise ValueError("does not match its checksum")
+            raise InputError("does not match its checksum")
         reader = pa.ipc.open_file(pa.memory_map(path))
         metadata = json.loads(reader.schema.metadata[_METADATA])
         if metadata["version"] != INDEX_VERSION:
-            raise ValueError(f"is of version {metadata['version']}, not {INDEX_VERSION}")
+            raise InputError(f"is of version {metadata['version']}, not {INDEX_VERSION}")
         self.parts, self._bits = [IndexedPart(*part) for part in metadata["parts"]], metadata["bits"]
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._batches = [Rows(*map(column_values, batch.columns, COLUMNS.values())) for batch in batches]

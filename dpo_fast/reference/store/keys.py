@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from dpo_fast.errors import InputError
+
 if TYPE_CHECKING:  # PyTorch is not needed to ask a store
     from dpo_fast.batches.groups import PreferenceGroup
 
@@ -33,7 +35,7 @@ def _started(boundary: int, prompt_ids: np.ndarray | memoryview) -> hashlib.blak
 def key_array(keys: Sequence[bytes]) -> np.ndarray:
     """Keys of 16 bytes as their two big-endian halves, uint64 [n, 2]."""
     if any(len(key) != 16 for key in keys):
-        raise ValueError("keys: every key has 16 bytes, take them from completion_key")
+        raise InputError("keys: every key has 16 bytes, take them from completion_key")
     return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_fast.errors import InputError
 from dpo_fast.reference.store.files import (
     DAY,
     DESCRIPTION,
@@ -136,7 +137,7 @@ def prune(root: str | os.PathLike[str], older_than_days: float, dry_run: bool = 
         what was removed (with `dry_run`, what would be), and its bytes.
     """
     if not older_than_days >= 0:
-        raise ValueError(f"older_than_days: {older_than_days}, give a number of days from 0 on")
+        raise InputError(f"older_than_days: {older_than_days}, give a number of days from 0 on")
     removed, size = [], 0
     for files in _stores(root):
         listed = files.list()
@@ -174,7 +175,7 @@ def export(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None
 
     fill = {".parquet": fill_parquet, ".jsonl": fill_json_lines}.get(os.path.splitext(name)[1])
     if fill is None:
-        raise ValueError(f"path: {os.fspath(path)!r}, give a name that ends in .parquet or .jsonl")
+        raise InputError(f"path: {os.fspath(path)!r}, give a name that ends in .parquet or .jsonl")
     Folder(parent or ".").write(fill)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_fast.errors import InputError
 from dpo_fast.reference.store.files import (
     DAY,
     DESCRIPTION,
@@ -165,7 +166,7 @@ class ReferenceStore:
     def _locate(self, keys: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Rows of keys, and the number of the part that each is in, int64 [n], -1 where it is in none."""
         if keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != 2:
-            raise ValueError(f"keys: {keys.dtype} {list(keys.shape)}, give uint64 [n, 2], as key_array makes them")
+            raise InputError(f"keys: {keys.dtype} {list(keys.shape)}, give uint64 [n, 2], as key_array makes them")
         found, rows = self._index.find(keys) if self._index else (np.zeros(len(keys), bool), Rows.zeros(len(keys)))
         position = self._tail.find(keys)
         better = position >= 0
@@ -216,7 +217,7 @@ class ReferenceStore:
                 for i in here:
                     values[i] = tokens[offsets[rows.row[i]] : offsets[rows.row[i] + 1]].copy()
         if lacking := sum(value is None for value in values):
-            raise ValueError(
+            raise InputError(
                 f"keys: {lacking} of {len(keys)} have no token log-probs in {self.folder}; compute and add those that"
                 " lookup does not find, and open the store again if it finds all: a part was damaged"
             )
@@ -229,13 +230,13 @@ class ReferenceStore:
         wrong in writing it is raised by the next `add`, `flush` or `close`, and its rows are kept for the next part.
         """
         if len(keys) != len(token_logps):
-            raise ValueError(f"token_logps: {len(token_logps)} for {len(keys)} keys, give one array for each key")
+            raise InputError(f"token_logps: {len(token_logps)} for {len(keys)} keys, give one array for each key")
         self._collect()
         found, _, _ = self.lookup(keys)
         for i in np.flatnonzero(~found):
             values = np.array(token_logps[i], np.float32)
             if values.ndim != 1:
-                raise ValueError(f"token_logps: shape {values.shape} of number {i}, give a vector, a value a token")
+                raise InputError(f"token_logps: shape {values.shape} of number {i}, give a vector, a value a token")
             self.computed += tuple(keys[i].tolist()) not in self._pending
             self._pending.setdefault(tuple(keys[i].tolist()), values)
         if len(self._pending) >= ROWS_PER_PART or time.monotonic() - self._last_flush > SECONDS_PER_PART:

@@ -21,18 +21,26 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_fast.arguments import TrainArguments
 from dpo_fast.batches.groups import Layout
-from dpo_fast.bench import report
-from dpo_fast.bench.figures import OURS, measured_figures, settings_figures
-from dpo_fast.bench.order import epoch_batches, first_steps
-from dpo_fast.bench.peers import trl_obstacle
-from dpo_fast.bench.positions import count_positions, outlines
-from dpo_fast.bench.settings import Setting, try_settings
-from dpo_fast.bench.turns import Comparison, SideError, check_losses, compare, loss_tolerance, one_after_another
-from dpo_fast.bench.worker import Failure, Job, Report
+from dpo_fast.commands.arguments import TrainArguments
+from dpo_fast.commands.bench import report
+from dpo_fast.commands.bench.figures import OURS, measured_figures, settings_figures
+from dpo_fast.commands.bench.peers import trl_obstacle
+from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, outlines
+from dpo_fast.commands.bench.settings import Setting, try_settings
+from dpo_fast.commands.bench.turns import (
+    Comparison,
+    SideError,
+    check_losses,
+    compare,
+    loss_tolerance,
+    one_after_another,
+)
+from dpo_fast.commands.bench.worker import Failure, Job, Report
+from dpo_fast.commands.train import choose_split, load_splits, read_arguments, scratch_output
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
+from dpo_fast.errors import refusing_input
 from dpo_fast.training.datasets import prepare_preferences
 
 TRIAL_STEPS = 3
@@ -72,7 +80,16 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace, arguments: TrainArguments) -> None:
+def main(argv: list[str]) -> int:
+    with refusing_input():
+        options, flags = parser().parse_known_args(argv)
+        arguments = read_arguments([*flags, *scratch_output()])
+        _check(options, arguments)
+        split = choose_split(load_splits(arguments), arguments.data.dataset_train_split, "--dataset_train_split")
+        return _bench(options, flags, arguments, split)
+
+
+def _check(options: argparse.Namespace, arguments: TrainArguments) -> None:
     """Refuses what can be seen to be wrong before a model is loaded."""
     if options.max_steps < 1:
         raise ValueError(f"--max_steps {options.max_steps} must be at least 1; 20 is the default.")
@@ -84,7 +101,7 @@ def check(options: argparse.Namespace, arguments: TrainArguments) -> None:
         raise ValueError("--dataset_streaming: bench counts the whole dataset; leave it out.")
 
 
-def bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
+def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
     """Counts, measures, tries settings and prints.
 
     Args:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dpo_fast.arguments import TrainArguments
+from dpo_fast.commands.arguments import TrainArguments
+from dpo_fast.commands.launch import launch_if_needed
+from dpo_fast.commands.train import choose_split, load_splits, read_arguments
+from dpo_fast.errors import refusing_input
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +27,16 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
+def main(argv: list[str]) -> int:
+    with refusing_input():
+        options, flags = parser().parse_known_args(argv)
+        arguments = read_arguments(flags)
+        _check(options)
+        launch_if_needed(arguments, ("score", *argv))
+        return _score(options, arguments, choose_split(load_splits(arguments), options.split, "--split"))
+
+
+def _check(options: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before a model is loaded."""
     from dpo_fast.model.loading import check_model_path
 
@@ -35,7 +46,7 @@ def check(options: argparse.Namespace) -> None:
         check_model_path(options.ref_model)
 
 
-def score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) -> int:
+def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) -> int:
     """Loads the models, scores and prints; the first process writes the file."""
     from accelerate import PartialState
     from transformers import AutoTokenizer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpo_fast.bench.worker import Failure, Report
+from dpo_fast.commands.bench.worker import Failure, Report
 
 _GRANULARITY = 128  # bounds are multiples of it
 _CUTS = (8, 4, 2, 1)  # into how many passes the heaviest step is cut

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
+from dpo_fast.commands.demo.model import demo_model
+from dpo_fast.commands.demo.report import DemoResult, draw_picture, print_report
+from dpo_fast.commands.demo.samples import draw_samples, sequence_kl
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.loading import load_preference_dataset
-from dpo_fast.demo.model import demo_model
-from dpo_fast.demo.report import DemoResult, draw_picture, print_report
-from dpo_fast.demo.samples import draw_samples, sequence_kl
 from dpo_fast.trainer import DPOTrainer
 
 DATA = Path(__file__).parent
@@ -29,8 +29,8 @@ GROUPS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 3
 
 
-def main(options: argparse.Namespace) -> int:
-    """Runs the demo with `options.model`, `options.output_dir` and `options.seed`; returns the exit status."""
+def run(options: argparse.Namespace) -> int:
+    """Run the demo with `options.model`, `options.output_dir` and `options.seed`; returns the exit status."""
     console = Console()
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)

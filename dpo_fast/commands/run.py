@@ -7,15 +7,17 @@ reaches the processes of any launcher, and no file of the program changes.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from dpo_fast.errors import InputError
 
 PATCH_VARIABLE = "DPO_FAST_PATCH_TRL"
-STARTUP = Path(__file__).resolve().parent / "integrations" / "trl" / "startup"
+STARTUP = Path(__file__).resolve().parents[1] / "integrations" / "trl" / "startup"
 
 
 def patching_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -24,24 +26,33 @@ def patching_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, PATCH_VARIABLE: "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), *others])}
 
 
-def main(argv: Sequence[str]) -> NoReturn:
-    """Becomes the program `argv`, with or without a leading `--`. Programs beside this Python's own are found first.
+def parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="dpo-fast run",
+        usage="dpo-fast run -- PROGRAM [ARGUMENT …]",
+        description="Run a program with TRL's DPO trainer accelerated, in all Python processes that it starts. No file "
+        "of the program changes.",
+        epilog="Example: dpo-fast run -- trl dpo --config dpo.yaml",
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Become the program `argv`, with or without a leading `--`; programs beside this Python's own are found first.
 
     Raises:
-        ValueError: there is no such program.
+        InputError: there is no such program.
     """
+    if argv[:1] in (["-h"], ["--help"]):
+        parser().print_help()
+        return 0
     command = list(argv[1:] if argv[:1] == ["--"] else argv)
     if not command:
-        raise ValueError("program: none given; name one with its arguments, as in `dpo-fast run -- trl dpo --config …`")
+        raise InputError("program: none given; name one with its arguments, as in `dpo-fast run -- trl dpo --config …`")
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     program = shutil.which(command[0], path=search)
     if program is None:
-        raise ValueError(f"program: {command[0]!r} is not found; give its path, or for a script `python {command[0]}`")
+        raise InputError(f"program: {command[0]!r} is not found; give its path, or for a script `python {command[0]}`")
     sys.stdout.flush()
     sys.stderr.flush()
     # A Python tells its virtual environment by the path that it was called by: the name alone would be sought on PATH.
     os.execve(program, [program, *command[1:]], patching_environment(os.environ))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

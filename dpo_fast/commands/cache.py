@@ -8,11 +8,12 @@ themselves.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from dpo_fast.commands.launch import launch_if_needed
+from dpo_fast.commands.train import make_trainer, print_summaries, read_arguments, scratch_output
+from dpo_fast.errors import refusing_input
 from dpo_fast.machine import cache_dir
 
 
@@ -37,24 +38,36 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str], fill: Callable[[list[str], int, int], int]) -> int:
-    """Runs `dpo-fast cache`; `fill(train flags, shard, shards)` computes what is missing."""
-    options, rest = parser().parse_known_args(argv)
-    values = {name: getattr(options, name) for name in ("info", "verify", "prune", "export")}
-    chosen = [name for name, value in values.items() if value is not None and value is not False]
-    if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
-    if not chosen:
-        if not 0 <= options.shard < options.num_shards:
-            raise ValueError(
-                f"--shard {options.shard} must lie in [0, {options.num_shards}), below --num_shards; count from 0."
-            )
-        where = ["--reference_cache_dir", options.reference_cache_dir] if options.reference_cache_dir else []
-        return fill([*rest, *where], options.shard, options.num_shards)
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r} beside --{chosen[0]}.")
-    root = options.reference_cache_dir or str(cache_dir() / "reference")
-    return {"info": _info, "verify": _verify, "prune": _prune, "export": _export}[chosen[0]](root, options)
+def main(argv: list[str]) -> int:
+    with refusing_input():
+        options, rest = parser().parse_known_args(argv)
+        values = {name: getattr(options, name) for name in ("info", "verify", "prune", "export")}
+        chosen = [name for name, value in values.items() if value is not None and value is not False]
+        if len(chosen) > 1:
+            raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
+        if not chosen:
+            return _fill(argv, options, rest)
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r} beside --{chosen[0]}.")
+        root = options.reference_cache_dir or str(cache_dir() / "reference")
+        return {"info": _info, "verify": _verify, "prune": _prune, "export": _export}[chosen[0]](root, options)
+
+
+def _fill(argv: list[str], options: argparse.Namespace, train_flags: list[str]) -> int:
+    """Compute what the store lacks, or this job's share of it."""
+    if not 0 <= options.shard < options.num_shards:
+        raise ValueError(
+            f"--shard {options.shard} must lie in [0, {options.num_shards}), below --num_shards; count from 0."
+        )
+    where = ["--reference_cache_dir", options.reference_cache_dir] if options.reference_cache_dir else []
+    arguments = read_arguments([*train_flags, *where, *scratch_output()])
+    launch_if_needed(arguments, ("cache", *argv))
+    trainer = make_trainer(arguments, _caching_trainer(options.shard, options.num_shards))
+    print_summaries(trainer)
+    if trainer.is_world_process_zero():
+        store = trainer.reference.store
+        print(f"{store.computed} reference log-probs computed, in {store.folder}")
+    return 0
 
 
 def _info(root: str, options: argparse.Namespace) -> int:
@@ -119,7 +132,7 @@ def _export(root: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def caching_trainer(shard: int, shards: int) -> type:
+def _caching_trainer(shard: int, shards: int) -> type:
     """A trainer class that computes reference log-probs when it is made, and does nothing else with them."""
     from accelerate import PartialState
 
@@ -138,8 +151,3 @@ def caching_trainer(shard: int, shards: int) -> type:
             return dataset
 
     return CachingTrainer
-
-
-def scratch_output() -> list[str]:
-    """Flags that keep `cache` from making a folder for a model that it does not train."""
-    return ["--output_dir", tempfile.gettempdir()]

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_fast.bench.worker import STEP, Failure, Job, Report, work
+from dpo_fast.commands.bench.worker import STEP, Failure, Job, Report, work
 
 
 class SideError(RuntimeError):

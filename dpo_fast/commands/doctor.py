@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from dpo_fast.errors import refusing_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +34,23 @@ OPTIONAL = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-fast doctor",
+        description="Say what is installed, which backends will be used and why, and what is missing.",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_NAME", help="also say what this model would use")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    with refusing_input():
+        return report(options.model)
+
+
 def report(model: str | None = None) -> int:
-    """Prints the report and returns the exit status: 0, or 1 when a required package is missing.
+    """Print the report and return the exit status: 0, or 1 when a required package is missing.
 
     Args:
         model: name on the Hub or folder of a model to judge; only its configuration is read.

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from dpo_fast.bench.positions import Lengths, Positions, SharedPrompts
-from dpo_fast.bench.settings import Trial
-from dpo_fast.bench.worker import Report
+from dpo_fast.commands.bench.positions import Lengths, Positions, SharedPrompts
+from dpo_fast.commands.bench.settings import Trial
+from dpo_fast.commands.bench.worker import Report
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from dpo_fast.demo.samples import Samples
+from dpo_fast.commands.demo.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from dpo_fast.arguments import TrainArguments, parse_train_arguments
+from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.machine import peak_memory, reset_peak_memory
 

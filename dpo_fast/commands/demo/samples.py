@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -11,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.demo.reward import sentiment
 from dpo_fast.model.forward import add_dpo_forward
 
 MAX_NEW_TOKENS = 32
@@ -89,3 +90,24 @@ def sequence_kl(model: PreTrainedModel, reference: PreTrainedModel, samples: Sam
         ]
         logps.append(torch.cat([policy(packed=packed).logps.cpu() for packed in packs]))
     return (logps[0] - logps[1]).mean().item()
+
+
+def sentiment(texts: list[str]) -> list[float]:
+    """VADER's compound score of each text, in [−1, 1]: negative … neutral (0) … positive.
+
+    Raises:
+        ImportError: the packages of `pip install "dpo-fast[demo]"` are missing.
+    """
+    analyzer = _analyzer()
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+
+@functools.cache
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError(
+            'The demo\'s reward needs the package "vaderSentiment": run  pip install "dpo-fast[demo]"'
+        ) from error
+    return SentimentIntensityAnalyzer()

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_fast.bench.positions import Positions
-from dpo_fast.bench.settings import Trial, fastest
-from dpo_fast.bench.turns import Comparison
-from dpo_fast.bench.worker import Failure, Report
+from dpo_fast.commands.bench.positions import Positions
+from dpo_fast.commands.bench.settings import Trial, fastest
+from dpo_fast.commands.bench.turns import Comparison
+from dpo_fast.commands.bench.worker import Failure, Report
 from dpo_fast.config import DPOConfig
 
 OURS = "dpo_fast"

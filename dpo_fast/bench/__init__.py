@@ -1,1 +1,0 @@
-"""`dpo-fast bench`: what training costs on the user's own data, measured, and which settings to take."""

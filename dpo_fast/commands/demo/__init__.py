@@ -1,0 +1,28 @@
+"""`dpo-fast demo`: a small model learns to write more positively, on any machine, in minutes."""
+
+from __future__ import annotations
+
+import argparse
+
+from dpo_fast.errors import refusing_input
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-fast demo",
+        description="Train a small model on the preferences in this package, and show what changed.",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_NAME", help="model to train instead of the demo's own")
+    parser.add_argument(
+        "--output_dir", "--output-dir", default="runs/demo", help="folder of results (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    with refusing_input():
+        from dpo_fast.commands.demo import command
+
+        return command.run(options)

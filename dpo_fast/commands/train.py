@@ -1,0 +1,118 @@
+"""`dpo-fast train`, and the steps from a command line to a trainer that other commands share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
+from dpo_fast.commands.launch import launch_if_needed
+from dpo_fast.errors import refusing_input
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from dpo_fast.config import DPOConfig
+    from dpo_fast.trainer import DPOTrainer
+
+
+def main(argv: list[str]) -> int:
+    with refusing_input():
+        arguments = read_arguments(argv)
+        launch_if_needed(arguments, ("train", *argv))
+        from dpo_fast.trainer import DPOTrainer
+
+        trainer = make_trainer(arguments, DPOTrainer)
+    args = trainer.args
+    print_summaries(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Saved the model to {args.output_dir}.")
+    if hasattr(trainer, "end"):  # transformers 5.18
+        trainer.end()
+    return 0
+
+
+def read_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Parse flags of `train`, and look for the files that they name on this machine.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    arguments = parse_train_arguments(list(argv))
+    from dpo_fast.data.loading import looks_local
+    from dpo_fast.model.loading import check_model_path
+    from dpo_fast.training.checkpoints import find_checkpoint
+
+    check_model_path(arguments.model.model_name_or_path, arguments.config.model_init_kwargs)
+    dataset = arguments.data.dataset_name
+    if looks_local(dataset) and not Path(dataset).exists():
+        raise ValueError(f"--dataset {dataset}: no such file or folder; one on the Hub is named owner/name.")
+    arguments.config.resume_from_checkpoint = _checkpoint(arguments.config)
+    find_checkpoint(arguments.config.resume_from_checkpoint, arguments.config.output_dir)
+    return arguments
+
+
+def _checkpoint(config: DPOConfig) -> str | bool | None:
+    """Return a path, True for the latest checkpoint in `output_dir`, or None to start from the model."""
+    value = config.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false", "none", "null", ""):
+        value = value.lower() == "true"
+    return value or None
+
+
+def make_trainer(arguments: TrainArguments, trainer_class: type[DPOTrainer]) -> DPOTrainer:
+    """Load the data and the model, and build the trainer with its reference log-probs."""
+    from dpo_fast.data.formats import detect_format
+
+    data, model, config = arguments.data, arguments.model, arguments.config
+    splits = load_splits(arguments)
+    train_dataset = choose_split(splits, data.dataset_train_split, "--dataset_train_split")
+    eval_dataset = None
+    if config.eval_strategy != "no":
+        eval_dataset = choose_split(splits, data.dataset_test_split, "--dataset_test_split")
+    for split in filter(None, (train_dataset, eval_dataset)):
+        if split.column_names:  # a stream may not know them yet
+            detect_format(split.column_names)  # a dataset that cannot be used is refused before a model is loaded
+    return trainer_class(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=model.quantization_config(),
+        peft_config=model.peft_config(),
+    )
+
+
+def load_splits(arguments: TrainArguments) -> Any:
+    """Load the dataset that the arguments name: a dict of splits, or one dataset."""
+    from dpo_fast.data.loading import load_preference_dataset
+
+    data = arguments.data
+    return load_preference_dataset(data.dataset_name, config_name=data.dataset_config, streaming=data.dataset_streaming)
+
+
+def choose_split(dataset: Any, name: str, flag: str) -> Dataset | IterableDataset:
+    """Return the split `name`; a lone dataset is the split `train`."""
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
+    if name not in splits:
+        cure = "choose another, or leave --eval_strategy out" if flag == "--dataset_test_split" else "choose another"
+        raise ValueError(f"{flag} {name}: the dataset has only {sorted(splits)}; {cure}.")
+    return splits[name]
+
+
+def print_summaries(trainer: DPOTrainer) -> None:
+    """Print what became of the rows, on the first process."""
+    if trainer.is_world_process_zero():
+        for name, summary in trainer.data_summaries.items():
+            print(f"{name}: {summary}")
+
+
+def scratch_output() -> list[str]:
+    """Return flags that keep a command that trains no model from making a folder for one."""
+    return ["--output_dir", tempfile.gettempdir()]

@@ -1,1 +1,0 @@
-"""What `dpo-fast demo` needs: its preference data, the small model it trains and the reward it is judged by."""
