@@ -32,7 +32,7 @@ from harness import environment, spread, write_result
 from torch import Tensor
 
 from dpo_fast_kernels import PrefixLayout, prefix_attention
-from dpo_fast_kernels.reference import prefix_attention_reference
+from dpo_fast_kernels.specification import prefix_attention_reference
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

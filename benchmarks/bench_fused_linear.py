@@ -54,7 +54,7 @@ from kernel_timing import (
 from torch import Tensor
 
 from dpo_fast import FusedLinearDPOLoss
-from dpo_fast_kernels.reference import linear_logps_reference
+from dpo_fast_kernels.specification import linear_logps_reference
 
 IGNORED = -100
 MEDIAN_PROMPT = 150

@@ -55,9 +55,9 @@ from kernel_timing import (
 from torch import Tensor
 
 from dpo_fast_kernels import LogitTransform, ScoreLayout, sequence_logps
-from dpo_fast_kernels.head_arguments import row_operations
-from dpo_fast_kernels.reference import row_gradient_reference, row_logps_reference
-from dpo_fast_kernels.tiles import tile_slices
+from dpo_fast_kernels.head.arguments import row_operations
+from dpo_fast_kernels.head.tiles import tile_slices
+from dpo_fast_kernels.specification import row_gradient_reference, row_logps_reference
 
 PASSES = {"forward": 1, "backward": 2, "forward+backward": 3, "copy": 2}
 CUDA_SHAPES = ("smollm2-135m", "llama-3-8b", "qwen3-4b", "gemma-2-2b")

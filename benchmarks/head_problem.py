@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast_kernels import LogitTransform, ScoreLayout
-from dpo_fast_kernels.reference import linear_logps_reference
+from dpo_fast_kernels.specification import linear_logps_reference
 
 BETA = 0.1
 MEDIAN_LENGTH, LONGEST = 300, 1024

@@ -31,9 +31,9 @@ from kernel_timing import free_bytes, import_error
 from torch import Tensor
 
 from dpo_fast_kernels import SequenceLoss, linear_logps, linear_preference_loss
-from dpo_fast_kernels.gemm import Gemm
-from dpo_fast_kernels.score_layout import group_tiles
-from dpo_fast_kernels.tiles import TileMemory, group_tile_rows, tile_rows, tile_slices
+from dpo_fast_kernels.head.gemm import Gemm
+from dpo_fast_kernels.head.score_layout import group_tiles
+from dpo_fast_kernels.head.tiles import TileMemory, group_tile_rows, tile_rows, tile_slices
 
 MODES = ("trainable", "frozen", "forward")  # head trains, only hidden does, nothing does
 DEFAULT_BUDGET = 2 * 2**30
@@ -294,7 +294,7 @@ PROVIDERS = {
     "fused": Provider(
         _linear_logps(lambda problem: DEFAULT_BUDGET, backend="fused"),
         {"forward": 1},
-        _not_on_cpu("dpo_fast_kernels.linear_logps_fused"),
+        _not_on_cpu("dpo_fast_kernels.head.linear_logps_fused"),
         ours=True,
     ),
     "trl": Provider(_trl, _LOGITS_TWICE, lambda problem: import_error("trl.trainer.utils")),

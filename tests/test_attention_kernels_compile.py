@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which this platform lacks")
 
 from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
-from dpo_fast_kernels import prefix_attention_configs as configs
+from dpo_fast_kernels.attention import triton_configs as configs
 
-MODULE = "dpo_fast_kernels.prefix_attention_triton"
+MODULE = "dpo_fast_kernels.attention.triton_fwd"
 # Kernel → module, tables without and with a softcap, what has the inputs' dtype, and whose strides it takes.
 KERNELS = {
     "fwd": (MODULE, (configs.FWD, configs.FWD), "q k v out", "qkvo"),

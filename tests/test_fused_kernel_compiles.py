@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which this platform lacks")
 
 from compiling import CAPABILITIES, Case, Resources, assert_within_limits, compile_all
-from dpo_fast_kernels import linear_logps_fused as module
-from dpo_fast_kernels.logits import STATISTICS
+from dpo_fast_kernels.head import linear_logps_fused as module
+from dpo_fast_kernels.head.logits import STATISTICS
 
 SMALL_SHARED_MEMORY = 101376  # of sm_86, sm_89 and sm_120, which take the rows of 8 and 12
-MODULE = "dpo_fast_kernels.linear_logps_fused"
+MODULE = "dpo_fast_kernels.head.linear_logps_fused"
 PARTIAL_SUMS = ("moment_ptr", "square_ptr", "logit_sum_ptr")
 OPTIONAL = ("bias_ptr", *PARTIAL_SUMS)
 OUTPUTS = tuple(f"{name}_ptr" for name in STATISTICS)

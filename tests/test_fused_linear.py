@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dpo_fast import LOSSES, Comparisons, FusedLinearDPOLoss, LossParameters, dpo_loss
 from dpo_fast.losses import COUPLED, SMOOTHED, WITH_LENGTHS
-from dpo_fast_kernels import tiles
-from dpo_fast_kernels.gemm import Gemm
+from dpo_fast_kernels.head import tiles
+from dpo_fast_kernels.head.gemm import Gemm
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth
 

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
 from dpo_fast_kernels import GatherPlan, gather_rows
-from dpo_fast_kernels.gather_rows import segment_sum, segment_sum_torch
+from dpo_fast_kernels.gather.gather_rows import segment_sum, segment_sum_torch
 from interpreting import interpreted
 from numerics import assert_close_to_truth
 
@@ -117,7 +117,7 @@ def test_bad_input_is_refused_by_name():
 
 def interpreted_checks() -> int:
     """Runs the checks on the Triton kernel, in several blocks of columns; returns how many ran."""
-    from dpo_fast_kernels import gather_rows_triton
+    from dpo_fast_kernels.gather import gather_rows_triton
 
     gather_rows_triton._CONFIGS[9] = {"BLOCK_D": 4, "num_warps": 1}
     count = 0
@@ -141,13 +141,13 @@ def test_the_triton_kernel_interpreted():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_triton_kernel_compiles_within_limits(capability):
     pytest.importorskip("triton", reason="kernels are compiled by Triton, which this platform lacks")
-    from dpo_fast_kernels.gather_rows_triton import _CONFIGS
+    from dpo_fast_kernels.gather.gather_rows_triton import _CONFIGS
 
     config = dict(_CONFIGS[capability // 10])
     options = {"num_warps": config.pop("num_warps")}
     cases = [
         Case(
-            "dpo_fast_kernels.gather_rows_triton",
+            "dpo_fast_kernels.gather.gather_rows_triton",
             "_segment_sum_kernel",
             {"dy_ptr": f"*{dtype}", "uses_ptr": "*i64", "use_offsets_ptr": "*i64", "dx_ptr": f"*{dtype}"}
             | {"R": "i32", "D": "i32", "stride_ym": "i64"},

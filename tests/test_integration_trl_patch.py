@@ -31,7 +31,7 @@ from dpo_fast.commands import run as run  # noqa: E402
 from dpo_fast.integrations.trl import DPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 from dpo_fast.integrations.trl.batches import CannotPackError, pair_groups  # noqa: E402
 from dpo_fast.integrations.trl.kernel import LinearLogProbs  # noqa: E402
-from dpo_fast_kernels import tiles  # noqa: E402
+from dpo_fast_kernels.head import tiles  # noqa: E402
 from test_integration_trl import TOLERANCE, assert_same_log, compared, make, trained  # noqa: E402
 
 

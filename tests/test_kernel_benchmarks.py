@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast_kernels.gemm import Gemm
+from dpo_fast_kernels.head.gemm import Gemm
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"

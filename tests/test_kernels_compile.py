@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton, which this
 
 from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
 
-MODULE = "dpo_fast_kernels.row_logps"
+MODULE = "dpo_fast_kernels.head.rows_triton"
 REGISTER_LIMIT = 80  # of 8 warps: three programs fit a multiprocessor and keep 48 KiB of loads in flight
 STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 ROWS = {f"{name}_ptr": "*fp32" for name in ("logps", "lse")} | {"targets_ptr": "*i64"}
@@ -33,9 +33,9 @@ def backward(dtype: str, rich: bool, config: dict) -> tuple[dict, dict]:
 
 def cases(capability: int) -> Iterator[Case]:
     """Every dtype, leanest and richest, rows aligned or not."""
-    from dpo_fast_kernels import row_logps
+    from dpo_fast_kernels.head import rows_triton
 
-    config = row_logps._CONFIGS[capability // 10]
+    config = rows_triton._CONFIGS[capability // 10]
     options = {"num_warps": config["num_warps"]}
     for kernel, arguments in (("_row_logps_fwd_kernel", forward), ("_row_logps_bwd_kernel", backward)):
         for dtype in ("fp32", "bf16", "fp16"):
@@ -47,7 +47,7 @@ def cases(capability: int) -> Iterator[Case]:
                     )
     for offsets in ("*i32", "*i64"):
         types = {"logps_ptr": "*fp32", "cu_scores_ptr": offsets, "sums_ptr": "*fp32", "N": "i32", "S": "i32"}
-        yield Case(MODULE, "_sequence_sums_kernel", types, {"BLOCK_N": row_logps._SUM_BLOCK}, {"num_warps": 4})
+        yield Case(MODULE, "_sequence_sums_kernel", types, {"BLOCK_N": rows_triton._SUM_BLOCK}, {"num_warps": 4})
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

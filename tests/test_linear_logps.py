@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from dpo_fast_kernels import gemm, tiles
-from dpo_fast_kernels.gemm import Gemm
-from dpo_fast_kernels.linear_logps import linear_logps
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform
-from dpo_fast_kernels.reference import linear_logps_reference
+from dpo_fast_kernels.head import gemm, tiles
+from dpo_fast_kernels.head.gemm import Gemm
+from dpo_fast_kernels.head.linear_logps import linear_logps
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform
+from dpo_fast_kernels.specification import linear_logps_reference
 from interpreting import interpreted
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth

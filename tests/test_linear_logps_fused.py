@@ -17,10 +17,10 @@ from torch.nn.functional import linear
 
 pytest.importorskip("triton", reason="Triton does not exist on this platform")
 
-from dpo_fast_kernels import linear_logps_fused as module
-from dpo_fast_kernels.linear_logps_fused import linear_logps_fused
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform
-from dpo_fast_kernels.reference import linear_logps_reference, row_logps_reference
+from dpo_fast_kernels.head import linear_logps_fused as module
+from dpo_fast_kernels.head.linear_logps_fused import linear_logps_fused
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform
+from dpo_fast_kernels.specification import linear_logps_reference, row_logps_reference
 from interpreting import interpreted
 from numerics import assert_close_to_truth
 

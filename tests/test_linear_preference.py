@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from dpo_fast_kernels import ScoreLayout, SequenceLoss, linear_logps, linear_preference_loss, tiles
-from dpo_fast_kernels.gemm import Gemm
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform
-from dpo_fast_kernels.reference import linear_logps_reference
-from dpo_fast_kernels.score_layout import group_tiles
+from dpo_fast_kernels import ScoreLayout, SequenceLoss, linear_logps, linear_preference_loss
+from dpo_fast_kernels.head import tiles
+from dpo_fast_kernels.head.gemm import Gemm
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform
+from dpo_fast_kernels.head.score_layout import group_tiles
+from dpo_fast_kernels.specification import linear_logps_reference
 from interpreting import interpreted
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth

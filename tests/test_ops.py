@@ -23,8 +23,8 @@ from dpo_fast_kernels import (
     linear_preference_loss,
     prefix_attention,
     sequence_logps,
-    tiles,
 )
+from dpo_fast_kernels.head import tiles
 
 GROUPS = [(3, 5), (7, 4), (1, 1)]
 TRANSFORM = LogitTransform(scale=0.5, softcap=5.0, temperature=1.3)

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from dpo_fast_kernels import PrefixLayout, attention_backend, prefix_attention, prefix_attention_varlen
-from dpo_fast_kernels.dispatch import recording
-from dpo_fast_kernels.reference import prefix_attention_reference
+from dpo_fast_kernels import PrefixLayout, attention_backend, prefix_attention
+from dpo_fast_kernels.attention import backend_varlen
+from dpo_fast_kernels.autograd import recording
+from dpo_fast_kernels.specification import prefix_attention_reference
 from numerics import assert_close_to_truth
 
-module = sys.modules["dpo_fast_kernels.prefix_attention"]  # the package's attribute of this name is the function
+module = sys.modules[
+    "dpo_fast_kernels.attention.prefix_attention"
+]  # the package's attribute of this name is the function
 
 GROUPS = {
     "pairs": [(11, 5, 9), (3, 7, 1)],
@@ -323,17 +326,17 @@ def test_pytorchs_kernels_take_the_arguments_they_get():
     q, k, v = (x.detach().to("meta", torch.bfloat16) for x in inputs(GROUPS["pairs"]))
     keys, values = (x.index_select(0, layout.keys.index) for x in (k, v))
     for window in (None, 4):
-        call = prefix_attention_varlen._Call.of(layout, 0.25, window, None)
-        out, lse = prefix_attention_varlen._forward_aten(q, keys, values, call)
+        call = backend_varlen._Call.of(layout, 0.25, window, None)
+        out, lse = backend_varlen._forward_aten(q, keys, values, call)
         assert out.shape == q.shape and lse.shape == (q.shape[1], q.shape[0])
-        gradients = prefix_attention_varlen._backward_aten(out, q, keys, values, out, lse, call)
+        gradients = backend_varlen._backward_aten(out, q, keys, values, out, lse, call)
         assert [x.shape for x in gradients] == [x.shape for x in (q, keys, values)]
 
 
 def test_a_longest_segment_of_one_query_is_announced_as_longer():
     """FlashAttention folds heads into rows for it, and its log-sum-exps get another shape."""
     layout = PrefixLayout.build([(0, 1, 1)])
-    assert prefix_attention_varlen._Call.of(layout, 1.0, None, None).lengths[2:] == (2, 2)
+    assert backend_varlen._Call.of(layout, 1.0, None, None).lengths[2:] == (2, 2)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpo_fast_kernels import PrefixLayout, prefix_attention
-from dpo_fast_kernels.reference import prefix_attention_reference
+from dpo_fast_kernels.specification import prefix_attention_reference
 from interpreting import interpreted
 from numerics import assert_close_to_truth
 from test_prefix_attention import double, inputs, run
@@ -35,7 +35,7 @@ OPTIONS = [{}, {"window": 1}, {"window": 7}, {"window": 25}, {"softcap": 2.0}, {
 
 def use_blocks(block_q: int, block_k: int) -> None:
     """Gives every kernel these blocks."""
-    from dpo_fast_kernels import prefix_attention_configs as configs
+    from dpo_fast_kernels.attention import triton_configs as configs
 
     for table in (configs.FWD, configs.DQ, configs.DKV, configs.DKV_SOFTCAP):
         for key in table:
@@ -108,8 +108,8 @@ def check_fuzz() -> int:
 
 def check_memory() -> int:
     """Bits repeat, strides may be any, and offsets pass 2³¹ elements."""
-    from dpo_fast_kernels.prefix_attention_triton import prefix_attention_fwd
-    from dpo_fast_kernels.prefix_attention_triton_bwd import prefix_attention_bwd
+    from dpo_fast_kernels.attention.triton_dkv import prefix_attention_bwd
+    from dpo_fast_kernels.attention.triton_fwd import prefix_attention_fwd
 
     use_blocks(16, 16)
     groups = [(9, 4, 5), (2, 1, 1)]
@@ -188,7 +188,7 @@ def test_gpu_every_candidate_of_the_tuner_computes_the_same(softcap, monkeypatch
     """A tuner may take any of them that the chip has memory for."""
     from triton.runtime.errors import OutOfResources
 
-    from dpo_fast_kernels import prefix_attention_configs as configs
+    from dpo_fast_kernels.attention import triton_configs as configs
 
     groups = [(207, 130, 141), (1, 63, 100)]
     layout = PrefixLayout.build(groups).to("cuda")

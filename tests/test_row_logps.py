@@ -1,7 +1,7 @@
 """Log-probs and gradients of one tile of logits, in PyTorch and in Triton: as near the truth as eager PyTorch, row by
 row.
 
-The same checks run on `row_logps_torch` here, on the Triton kernels under Triton's interpreter in a process of its own,
+The same checks run on `rows_torch` here, on the Triton kernels under Triton's interpreter in a process of its own,
 and on a GPU with `-m gpu`.
 """
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels import row_logps_torch
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform
-from dpo_fast_kernels.reference import row_gradient_reference, row_logps_reference
+from dpo_fast_kernels.head import rows_torch
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform
+from dpo_fast_kernels.specification import row_gradient_reference, row_logps_reference
 from interpreting import interpreted
 from numerics import assert_close_to_truth
 
@@ -173,13 +173,13 @@ def check_ill_placed_sums(row_ops: ModuleType, device="cpu") -> None:
 @pytest.mark.parametrize("n, v", SIZES)
 @pytest.mark.parametrize("check", [check_forward, check_gradient])
 def test_torch(check, n, v, dtype, transform, biased, monkeypatch):
-    monkeypatch.setattr(row_logps_torch, "_CPU_BLOCK", 10 * v)  # blocks of 10 rows on one thread, the last one short
-    check(row_logps_torch, n, v, dtype, transform, biased)
+    monkeypatch.setattr(rows_torch, "_CPU_BLOCK", 10 * v)  # blocks of 10 rows on one thread, the last one short
+    check(rows_torch, n, v, dtype, transform, biased)
 
 
 @pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target, check_sequence_sums])
 def test_torch_edges(check):
-    check(row_logps_torch)
+    check(rows_torch)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -233,20 +233,20 @@ EDGES = (
 
 def interpreted_checks() -> int:
     """Runs the checks on the Triton kernels, in blocks small enough that rows take several; returns how many ran."""
-    from dpo_fast_kernels import row_logps
+    from dpo_fast_kernels.head import rows_triton
 
-    row_logps._CONFIGS[9] = {"BLOCK_V": 256, "num_warps": 8}
+    rows_triton._CONFIGS[9] = {"BLOCK_V": 256, "num_warps": 8}
     cases = itertools.product(
         (check_forward, check_gradient), (torch.float32, torch.float16), TRANSFORMS.values(), (False, True)
     )
     count = 0
     for check, dtype, transform, biased in cases:
-        check(row_logps, 3, 507, dtype, transform, biased)
+        check(rows_triton, 3, 507, dtype, transform, biased)
         count += 1
-    check_forward(row_logps, 2, 1, torch.float32, LogitTransform(), True)
-    check_gradient(row_logps, 2, 1003, torch.float32, TRANSFORMS["capped"], True)
+    check_forward(rows_triton, 2, 1, torch.float32, LogitTransform(), True)
+    check_gradient(rows_triton, 2, 1003, torch.float32, TRANSFORMS["capped"], True)
     for check in EDGES:
-        check(row_logps)
+        check(rows_triton)
     return count + 2 + len(EDGES)
 
 
@@ -261,14 +261,14 @@ def test_triton_kernels_interpreted():
 @pytest.mark.parametrize("n, v", [*SIZES, (100, 49153), (33, 128256)])
 @pytest.mark.parametrize("check", [check_forward, check_gradient])
 def test_triton_on_gpu(check, n, v, dtype, transform, biased):
-    from dpo_fast_kernels import row_logps
+    from dpo_fast_kernels.head import rows_triton
 
-    check(row_logps, n, v, dtype, transform, biased, "cuda")
+    check(rows_triton, n, v, dtype, transform, biased, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", EDGES)
 def test_triton_edges_on_gpu(check):
-    from dpo_fast_kernels import row_logps
+    from dpo_fast_kernels.head import rows_triton
 
-    check(row_logps, "cuda")
+    check(rows_triton, "cuda")

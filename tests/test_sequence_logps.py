@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels import LogitTransform, sequence_logps
-from dpo_fast_kernels.reference import row_logps_reference
+from dpo_fast_kernels.specification import row_logps_reference
 from interpreting import interpreted
 from numerics import assert_close_to_truth
 

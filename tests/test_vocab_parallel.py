@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dpo_fast_kernels import SequenceLoss, VocabularyShards, linear_logps, linear_preference_loss, tiles
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform
+from dpo_fast_kernels import SequenceLoss, VocabularyShards, linear_logps, linear_preference_loss
+from dpo_fast_kernels.head import tiles
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform
 from looking_inside import LargestTensor
 from numerics import assert_close_to_truth
 from test_linear_preference import TILE, TRAINS, TRANSFORMS, H, Problem, V, dpo

@@ -52,7 +52,7 @@ class PackedOutput(ModelOutput):
 def add_dpo_forward(model: PreTrainedModel) -> None:
     """Extends `model.forward` in place: `model(packed=PackedBatch, …)` returns a `PackedOutput`. It also takes
 
-        statistics: names of `dpo_fast_kernels.linear_logps`, to be returned;
+        statistics: names of `dpo_fast_kernels.head.linear_logps`, to be returned;
         aux_loss: whether to return the load-balancing loss of a mixture of experts;
         loss, loss_inputs: a loss of sequence log-probs, as in `dpo_fast_kernels.linear_preference_loss`. The head then
             makes its gradients in the forward, for a quarter less work than a loss of `logps` takes.

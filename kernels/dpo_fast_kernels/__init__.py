@@ -1,15 +1,15 @@
 """Triton kernels and their PyTorch references for preference optimisation. Knows tensors, not preferences."""
 
-from dpo_fast_kernels.gather_rows import GatherPlan, gather_rows
-from dpo_fast_kernels.layout import PrefixLayout
-from dpo_fast_kernels.linear_logps import linear_logps
-from dpo_fast_kernels.linear_preference import PreferenceLoss, linear_preference_loss
-from dpo_fast_kernels.logits import LogitTransform, RowLogps
-from dpo_fast_kernels.prefix_attention import attention_backend, prefix_attention
-from dpo_fast_kernels.score_layout import ScoreLayout
-from dpo_fast_kernels.sequence_logps import sequence_logps
-from dpo_fast_kernels.sequence_loss import SequenceLoss
-from dpo_fast_kernels.vocab_parallel import VocabularyShards
+from dpo_fast_kernels.attention.layout import PrefixLayout
+from dpo_fast_kernels.attention.prefix_attention import attention_backend, prefix_attention
+from dpo_fast_kernels.gather.gather_rows import GatherPlan, gather_rows
+from dpo_fast_kernels.head.linear_logps import linear_logps
+from dpo_fast_kernels.head.linear_preference import PreferenceLoss, linear_preference_loss
+from dpo_fast_kernels.head.logits import LogitTransform, RowLogps
+from dpo_fast_kernels.head.score_layout import ScoreLayout
+from dpo_fast_kernels.head.sequence_logps import sequence_logps
+from dpo_fast_kernels.head.sequence_loss import SequenceLoss
+from dpo_fast_kernels.head.vocab_parallel import VocabularyShards
 
 __all__ = [
     "GatherPlan",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.gemm import Gemm
+from dpo_fast_kernels.head.gemm import Gemm
 
 MIN_ROWS = 2048  # below it the products are slower than the memory they save is worth
 CPU_ROWS = 512  # on a CPU more rows are no faster

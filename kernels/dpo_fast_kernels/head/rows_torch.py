@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.head.logits import LogitTransform
 
 _CPU_BLOCK = 1 << 20  # elements a thread: 4 MiB of fp32, in the cache, and few enough blocks for threads to keep pace
 _BLOCK = 1 << 27  # elements on a device whose cache a block cannot aim at

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.gemm import Gemm
+from dpo_fast_kernels.head.gemm import Gemm
 
 
 @dataclass

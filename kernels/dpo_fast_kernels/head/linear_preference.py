@@ -23,15 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.gemm import Gemm
-from dpo_fast_kernels.head_arguments import check_head, check_values, compute_dtype, pick_backend, row_operations
-from dpo_fast_kernels.head_gradients import HeadGradients
-from dpo_fast_kernels.linear_logps import linear_logps, row_logps_of, spread_over_rows
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
-from dpo_fast_kernels.score_layout import GroupTile, ScoreLayout, group_tiles
-from dpo_fast_kernels.sequence_loss import SequenceLoss
-from dpo_fast_kernels.tiles import TileMemory, group_tile_rows, tile_slices
-from dpo_fast_kernels.vocab_parallel import VocabularyShards, local_head
+from dpo_fast_kernels.head.arguments import check_head, check_values, compute_dtype, pick_backend, row_operations
+from dpo_fast_kernels.head.gemm import Gemm
+from dpo_fast_kernels.head.gradients import HeadGradients
+from dpo_fast_kernels.head.linear_logps import linear_logps, row_logps_of, spread_over_rows
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
+from dpo_fast_kernels.head.score_layout import GroupTile, ScoreLayout, group_tiles
+from dpo_fast_kernels.head.sequence_loss import SequenceLoss
+from dpo_fast_kernels.head.tiles import TileMemory, group_tile_rows, tile_slices
+from dpo_fast_kernels.head.vocab_parallel import VocabularyShards, local_head
 
 
 class PreferenceLoss(NamedTuple):

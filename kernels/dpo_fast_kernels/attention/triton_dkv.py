@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels._triton import Config, pick_config, tanh
-from dpo_fast_kernels.prefix_attention_configs import CANDIDATES, DKV, DKV_SOFTCAP
-from dpo_fast_kernels.prefix_attention_triton import (
+from dpo_fast_kernels.attention.triton_configs import CANDIDATES, DKV, DKV_SOFTCAP
+from dpo_fast_kernels.attention.triton_dq import prefix_attention_dq
+from dpo_fast_kernels.attention.triton_fwd import (
     constants,
     load_positions,
     load_rows,
@@ -36,7 +37,6 @@ from dpo_fast_kernels.prefix_attention_triton import (
     table_key,
     unit_columns,
 )
-from dpo_fast_kernels.prefix_attention_triton_dq import prefix_attention_dq
 
 
 @triton.jit(do_not_specialize=["T", "window"])  # they change from batch to batch

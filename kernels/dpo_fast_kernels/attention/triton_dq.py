@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels._triton import Config, pick_config, tanh
-from dpo_fast_kernels.prefix_attention_configs import CANDIDATES, DQ
-from dpo_fast_kernels.prefix_attention_triton import (
+from dpo_fast_kernels.attention.triton_configs import CANDIDATES, DQ
+from dpo_fast_kernels.attention.triton_fwd import (
     constants,
     is_visible,
     key_ranges,

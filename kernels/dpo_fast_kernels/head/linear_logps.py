@@ -23,8 +23,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.gemm import Gemm
-from dpo_fast_kernels.head_arguments import (
+from dpo_fast_kernels.head.arguments import (
     check_cu_scores,
     check_head,
     check_values,
@@ -32,9 +31,10 @@ from dpo_fast_kernels.head_arguments import (
     pick_backend,
     row_operations,
 )
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
-from dpo_fast_kernels.tiles import MIN_ROWS, TileMemory, bytes_per_row, tile_rows, tile_slices
-from dpo_fast_kernels.vocab_parallel import VocabularyShards, local_head
+from dpo_fast_kernels.head.gemm import Gemm
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
+from dpo_fast_kernels.head.tiles import MIN_ROWS, TileMemory, bytes_per_row, tile_rows, tile_slices
+from dpo_fast_kernels.head.vocab_parallel import VocabularyShards, local_head
 
 
 @torch.library.custom_op("dpo_fast::linear_logps", mutates_args=())
@@ -66,7 +66,7 @@ def _linear_logps(
         lse = logps.new_empty(x.shape[0] - kept_rows)
         wanted = empty_statistics(statistics.split(","), logps)
         if backend == "fused":
-            from dpo_fast_kernels.linear_logps_fused import linear_logps_fused
+            from dpo_fast_kernels.head.linear_logps_fused import linear_logps_fused
 
             logps, lse = linear_logps_fused(x, w, targets, bias, transform=transform, statistics=wanted)
         else:

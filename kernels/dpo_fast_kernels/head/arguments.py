@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels import row_logps_torch
+from dpo_fast_kernels.head import rows_torch
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ def pick_backend(backend: str, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def row_operations(backend: str) -> ModuleType:
-    """The module that works on rows of logits: `row_logps_torch` or, for "triton" and "fused", `row_logps`."""
+    """The module that works on rows of logits: `rows_torch` or, for "triton" and "fused", `rows_triton`."""
     if backend == "torch":
-        return row_logps_torch
-    from dpo_fast_kernels import row_logps
+        return rows_torch
+    from dpo_fast_kernels.head import rows_triton
 
-    return row_logps
+    return rows_triton
 
 
 @cache

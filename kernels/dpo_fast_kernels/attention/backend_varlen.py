@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.deterministic import deterministic_algorithms
-from dpo_fast_kernels.gather_rows import segment_sum
-from dpo_fast_kernels.layout import PrefixLayout
+from dpo_fast_kernels.attention.layout import PrefixLayout
+from dpo_fast_kernels.autograd import deterministic_algorithms
+from dpo_fast_kernels.gather.gather_rows import segment_sum
 
 
 class _Call(NamedTuple):

@@ -22,9 +22,9 @@ import os
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels import prefix_attention_cpu, prefix_attention_sdpa, prefix_attention_varlen
-from dpo_fast_kernels.gather_rows import GatherPlan
-from dpo_fast_kernels.layout import PrefixLayout
+from dpo_fast_kernels.attention import backend_cpu, backend_sdpa, backend_varlen
+from dpo_fast_kernels.attention.layout import PrefixLayout
+from dpo_fast_kernels.gather.gather_rows import GatherPlan
 
 BACKENDS = ("flash-attn", "varlen", "triton", "flash-cpu", "sdpa")
 _REASONS = {
@@ -139,15 +139,15 @@ def _prefix_attention(
     layout = PrefixLayout(segments, cu_seqlens_q, cu_seqlens_k, spans, keys)
     backend, window = _resolve(q, v, layout, window, softcap, backend)
     if backend == "sdpa":
-        out = prefix_attention_sdpa.forward(q, k, v, layout, scale, window, softcap)
+        out = backend_sdpa.forward(q, k, v, layout, scale, window, softcap)
         return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     if backend == "flash-cpu":
-        return prefix_attention_cpu.forward(q, k, v, layout, scale)
+        return backend_cpu.forward(q, k, v, layout, scale)
     if backend == "triton":
-        from dpo_fast_kernels.prefix_attention_triton import prefix_attention_fwd
+        from dpo_fast_kernels.attention.triton_fwd import prefix_attention_fwd
 
         return prefix_attention_fwd(q, k, v, spans, scale=scale, window=window, softcap=softcap)
-    return prefix_attention_varlen.forward(backend, q, k, v, layout, scale, window, softcap)
+    return backend_varlen.forward(backend, q, k, v, layout, scale, window, softcap)
 
 
 @_prefix_attention.register_fake
@@ -180,14 +180,14 @@ def _prefix_attention_bwd(
     layout = PrefixLayout(segments, cu_seqlens_q, cu_seqlens_k, spans, keys)
     backend, window = _resolve(q, v, layout, window, softcap, backend)
     if backend == "sdpa":
-        return prefix_attention_sdpa.backward(dout, q, k, v, layout, scale, window, softcap)
+        return backend_sdpa.backward(dout, q, k, v, layout, scale, window, softcap)
     if backend == "flash-cpu":
-        return prefix_attention_cpu.backward(dout, q, k, v, out, lse, layout, scale)
+        return backend_cpu.backward(dout, q, k, v, out, lse, layout, scale)
     if backend == "triton":
-        from dpo_fast_kernels.prefix_attention_triton_bwd import prefix_attention_bwd
+        from dpo_fast_kernels.attention.triton_dkv import prefix_attention_bwd
 
         return prefix_attention_bwd(dout, q, k, v, out, lse, spans, scale=scale, window=window, softcap=softcap)
-    return prefix_attention_varlen.backward(backend, dout, q, k, v, out, lse, layout, scale, window, softcap)
+    return backend_varlen.backward(backend, dout, q, k, v, out, lse, layout, scale, window, softcap)
 
 
 @_prefix_attention_bwd.register_fake

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,18 +36,17 @@ class GatherPlan:
     use_offsets: Tensor
 
     @classmethod
-    def build(cls, index: np.ndarray) -> GatherPlan:
-        """Builds the plan on the host from the row indices `index` [M], none of them negative."""
-        index = np.asarray(index, np.int64)
-        if index.ndim != 1 or (index.size and index.min() < 0):
-            lowest = index.min() if index.size else "none"
+    def build(cls, index: Sequence[int] | Tensor) -> GatherPlan:
+        """Build the plan on the host from the row indices `index` [M], also a NumPy array; none of them negative."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        if index.ndim != 1 or (len(index) and index.min() < 0):
+            lowest = int(index.min()) if index.numel() else "none"
             raise ValueError(
-                f"index must be one row of non-negative numbers, got shape {index.shape}, lowest {lowest}; "
+                f"index must be one row of non-negative numbers, got shape {tuple(index.shape)}, lowest {lowest}; "
                 "count rows from 0"
             )
-        uses = np.argsort(index, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(index))]) if index.size else np.zeros(1, np.int64)
-        return cls(torch.from_numpy(index), torch.from_numpy(uses), torch.from_numpy(offsets))
+        offsets = torch.nn.functional.pad(index.bincount().cumsum(0), (1, 0))
+        return cls(index, index.argsort(stable=True), offsets)
 
     def to(self, *args, **kwargs) -> GatherPlan:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
@@ -72,7 +71,7 @@ def segment_sum(
 ) -> Tensor:  # [T, ...]
     """Returns dx: row t is the sum of dy's rows that row t went to, 0 where it went nowhere."""
     if dy.is_cuda and _has_triton():
-        from dpo_fast_kernels.gather_rows_triton import segment_sum_triton
+        from dpo_fast_kernels.gather.gather_rows_triton import segment_sum_triton
 
         return segment_sum_triton(dy, uses, use_offsets, num_rows)
     return segment_sum_torch(dy, uses, use_offsets, num_rows)

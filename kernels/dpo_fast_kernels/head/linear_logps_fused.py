@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_fast_kernels._triton import Config, major_capability, pick_config
-from dpo_fast_kernels.logits import STATISTICS, LogitTransform, check_statistics
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, check_statistics
 
 
 def _config(rows: int, words: int, hidden: int, warps: int, stages: int, flatten: bool = True) -> Config:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels._triton import Config, expm1_nonpositive, pick_config, tanh
-from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.head.logits import LogitTransform
 
 # Major compute capability → elements of V a program handles at a time, and its warps: 16 elements a thread, four
 # 16-byte loads of fp32 in flight. Other architectures take the last row.

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.layout import PrefixLayout
-from dpo_fast_kernels.logits import LogitTransform, RowLogps
+from dpo_fast_kernels.attention.layout import PrefixLayout
+from dpo_fast_kernels.head.logits import LogitTransform, RowLogps
 
 
 def row_logps_reference(

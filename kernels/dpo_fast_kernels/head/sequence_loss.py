@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.dispatch import recording
-from dpo_fast_kernels.logits import check_statistics
+from dpo_fast_kernels.autograd import recording
+from dpo_fast_kernels.head.logits import check_statistics
 
 _handles = count()
 _alive: WeakValueDictionary[int, SequenceLoss] = WeakValueDictionary()

@@ -21,11 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.gather_rows import GatherPlan
+from dpo_fast_kernels.gather.gather_rows import GatherPlan
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class PrefixLayout:
                 segments.append((end, length, start, prompt))
                 runs.append((length, start, start + prompt, end, end + length, end + length))
                 end += length
-        segments, runs = np.array(segments, np.int64), np.array(runs, np.int64)
         keys = [
-            np.arange(row, row + count)
+            torch.arange(row, row + count)
             for own, queries, prefix, shared in segments
             for row, count in ((prefix, shared), (own, queries))
         ]
+        segments, runs = torch.tensor(segments), torch.tensor(runs)
         return cls(
-            segments=torch.from_numpy(segments),
+            segments=segments,
             cu_seqlens_q=_cumulative(segments[:, 1]),
             cu_seqlens_k=_cumulative(segments[:, 1] + segments[:, 3]),
-            spans=torch.from_numpy(np.repeat(runs[:, 1:].T, runs[:, 0], axis=1).astype(np.int32)),
-            keys=GatherPlan.build(np.concatenate(keys)),
+            spans=runs[:, 1:].int().repeat_interleave(runs[:, 0], dim=0).T.contiguous(),
+            keys=GatherPlan.build(torch.cat(keys)),
             groups=groups,
         )
 
@@ -111,5 +110,5 @@ class PrefixLayout:
         )
 
 
-def _cumulative(lengths: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels._triton import Config, pick_config, tanh
-from dpo_fast_kernels.prefix_attention_configs import CANDIDATES, FWD
+from dpo_fast_kernels.attention.triton_configs import CANDIDATES, FWD
 
 _LOG2_E = math.log2(math.e)
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpo_fast_kernels.deterministic import deterministic_algorithms
-from dpo_fast_kernels.dispatch import recording
-from dpo_fast_kernels.layout import PrefixLayout
+from dpo_fast_kernels.attention.layout import PrefixLayout
+from dpo_fast_kernels.autograd import deterministic_algorithms, recording
 
 Masks = dict[tuple[int, int], Tensor]  # (queries, keys) → additive mask, shared by the segments of a call
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.head.logits import LogitTransform
 
 _PEAK_ROWS = 128  # rows whose sum with the bias is held at a time
 

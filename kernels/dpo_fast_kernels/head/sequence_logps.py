@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.head_arguments import (
+from dpo_fast_kernels.head.arguments import (
     check_cu_scores,
     check_cu_scores_values,
     check_target_values,
     pick_backend,
     row_operations,
 )
-from dpo_fast_kernels.linear_logps import spread_over_rows
-from dpo_fast_kernels.logits import LogitTransform
+from dpo_fast_kernels.head.linear_logps import spread_over_rows
+from dpo_fast_kernels.head.logits import LogitTransform
 
 
 @torch.library.custom_op("dpo_fast::sequence_logps", mutates_args=())

@@ -1,0 +1,1 @@
+"""Shared-prefix attention: one function, a backend per kind of device."""
