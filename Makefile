@@ -62,21 +62,21 @@ gpu:
 	@$(STEPS); \
 	step tests 145 $(PYTHON) -Pm pytest -m gpu -k "not ($(LARGE))" $(WORKERS); \
 	step large 35 $(PYTHON) -Pm pytest -m gpu -k "$(LARGE)"; \
-	step head 155 $(PYTHON) benchmarks/bench_head.py --seconds 125 --out $(RESULTS); \
-	step attention 65 $(PYTHON) benchmarks/bench_attention.py --seconds 30 --out $(RESULTS); \
-	step rows 50 $(PYTHON) benchmarks/bench_rows.py --seconds 32 --out $(RESULTS); \
-	step layout 85 $(PYTHON) benchmarks/bench_layout.py --out $(RESULTS); \
-	$(PYTHON) benchmarks/harness.py $(RESULTS); \
+	step head 155 $(PYTHON) benchmarks/run.py head --seconds 125 --out $(RESULTS); \
+	step attention 65 $(PYTHON) benchmarks/run.py attention --seconds 30 --out $(RESULTS); \
+	step rows 50 $(PYTHON) benchmarks/run.py rows --seconds 32 --out $(RESULTS); \
+	step layout 85 $(PYTHON) benchmarks/run.py layout --out $(RESULTS); \
+	$(PYTHON) benchmarks/run.py summary $(RESULTS); \
 	$(FAILED)
 
 # Training against TRL: a model of 1 B with the same settings and each side at its fastest, one of 8 B with LoRA.
-TRAIN = $(PYTHON) benchmarks/bench_train.py --synthetic ultrafeedback --precision bf16 --max_length 2048 --out $(RESULTS)
+TRAIN = $(PYTHON) benchmarks/run.py speed --synthetic ultrafeedback --precision bf16 --max_length 2048 --out $(RESULTS)
 gpu-train:
 	@$(STEPS); \
 	step same 105 $(TRAIN) --model llama-3.2-1b --batch_size 8 --checkpointing; \
 	step best 280 $(TRAIN) --model llama-3.2-1b --best --global_batch 8 --steps 4; \
 	step lora 150 $(TRAIN) --model llama-3-8b --lora --batch_size 4 --checkpointing --steps 4; \
-	$(PYTHON) benchmarks/harness.py $(RESULTS); \
+	$(PYTHON) benchmarks/run.py summary $(RESULTS); \
 	$(FAILED)
 
 build/gpu-path:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from repository import BENCHMARKS
+
 
 def environment() -> dict[str, str]:
     """The environment of a process that imports test modules too, one thread for it."""
-    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    tests = Path(__file__).parent
+    folders = [tests, *(folder for folder in tests.iterdir() if folder.is_dir()), BENCHMARKS]
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
 
 

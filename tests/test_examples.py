@@ -35,8 +35,8 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
 from preferences import logged, pairs, ranked
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 STEPS = 4
 # As the scripts print them, and as transformers.Trainer prints a log, to four digits.
@@ -287,7 +287,7 @@ def test_what_a_page_names_is_there(page):
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
     for path in re.findall(r"`((?:docs|examples|tests)/[\w./]+)`", text):
         assert (ROOT / path).is_file(), path
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
 

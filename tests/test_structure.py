@@ -1,8 +1,4 @@
-"""The layers of the code: arrows between files point down, and the names that must stay free stay free.
-
-cli, arguments, doctor, bench, demo, integrations → trainer → data, sampler, reference, coupling, forward, metrics
-    → groups, losses, head, attention → dpo_fast_kernels
-"""
+"""The layers of the code: arrows between wings point down, and the names that must stay free stay free."""
 
 import ast
 import subprocess
@@ -11,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from repository import BENCHMARKS, ROOT
+
 KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 
-# From the bottom to the top. A file may import from its own layer and from those below it.
-LAYERS = (
+# From the bottom to the top, one row a floor. A module may import from its own wing and from floors below; wings on one
+# floor do not import each other.
+FLOORS = (
     {"dpo_fast_kernels"},
     {"batches", "machine", "errors"},
     {"data", "losses"},
@@ -27,16 +25,15 @@ LAYERS = (
     {"commands"},
     {"cli"},
 )
-ENTRIES = {"cli", "integrations"}
-
-# The same inside dpo_fast_kernels, whose units are its folders and the files beside them.
-KERNEL_LAYERS = (
+# The same inside dpo_fast_kernels.
+KERNEL_FLOORS = (
     {"_triton", "autograd"},
     {"gather"},
     {"attention", "head"},
     {"specification"},
-    {""},
 )
+# dpo_fast.reference.store asks a store without PyTorch.
+WITHOUT_TORCH = "dpo_fast.reference.store"
 
 
 def sources() -> dict[str, Path]:
@@ -69,17 +66,17 @@ def imports(name: str, path: Path, top_level: bool = False) -> set[str]:
     return found
 
 
-def unit(module: str) -> str:
-    """The name by which LAYERS knows a module: kernels, demo and integrations are one each."""
+def wing(module: str) -> str:
+    """The wing that a module belongs to: a folder or a file beside them; all kernels are one."""
     parts = module.split(".")
     return parts[0] if parts[0] == "dpo_fast_kernels" or len(parts) == 1 else parts[1]
 
 
-def layer(module: str) -> int:
-    for height, units in enumerate(LAYERS):
-        if unit(module) in units:
+def floor(name: str, floors: tuple[set[str], ...]) -> int:
+    for height, names in enumerate(floors):
+        if name in names:
             return height
-    raise AssertionError(f"{module} has no layer yet: put {unit(module)!r} into LAYERS of {Path(__file__).name}")
+    raise AssertionError(f"{name!r} has no floor yet: put it into the table of {Path(__file__).name}")
 
 
 GRAPH = {
@@ -91,9 +88,27 @@ GRAPH = {
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_arrows_point_down(name):
+    own = wing(name)
     for target in GRAPH[name] - {"dpo_fast"}:
-        assert layer(target) <= layer(name), f"{name} imports {target}, which lies above it"
-        assert unit(target) not in ENTRIES or unit(target) == unit(name), f"{name} imports {target}, an entry point"
+        other = wing(target)
+        assert other == own or floor(other, FLOORS) < floor(own, FLOORS), f"{name} imports {target}, not below it"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in SOURCES if name.count(".") and wing(name) == "dpo_fast_kernels")
+)
+def test_arrows_between_kernels_point_down(name):
+    own = name.split(".")[1]
+    for target in GRAPH[name] - {"dpo_fast_kernels"}:
+        other = target.split(".")[1]
+        below = floor(other, KERNEL_FLOORS) < floor(own, KERNEL_FLOORS)
+        assert other == own or below, f"{name} imports {target}, not below it"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SOURCES if name.startswith(WITHOUT_TORCH)))
+def test_a_store_needs_no_pytorch(name):
+    roots = {target.split(".")[0] for target in imports(name, SOURCES[name])}
+    assert not roots & {"torch", "datasets", "transformers"}, f"{name} imports {roots}"
 
 
 def test_no_import_cycle():
@@ -110,7 +125,7 @@ def test_no_import_cycle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SOURCES if unit(name) == "dpo_fast_kernels"))
+@pytest.mark.parametrize("name", sorted(name for name in SOURCES if wing(name) == "dpo_fast_kernels"))
 def test_kernels_know_tensors_only(name):
     allowed = {"dpo_fast_kernels", "torch", "triton", *sys.stdlib_module_names}
     path = SOURCES[name]
@@ -123,7 +138,22 @@ def test_the_reader_of_imports_sees_them():
     """Guards the guards: an import that is missed would make every test above pass."""
     assert "dpo_fast.trainer" in GRAPH["dpo_fast.commands.train"], "an import inside a function is one"
     assert "dpo_fast_kernels" in GRAPH["dpo_fast.batches.packing"]
-    assert {unit(name) for name in SOURCES} >= {"cli", "trainer", "batches", "commands", "dpo_fast_kernels"}
+    assert {wing(name) for name in SOURCES} == set().union(*FLOORS), "a wing that is gone leaves the table"
+
+
+def test_every_wing_has_its_tests():
+    wings = {path.name for path in (ROOT / "dpo_fast").iterdir() if (path / "__init__.py").exists()}
+    for name in sorted(wings | {"kernels", "benchmarks"}):
+        assert list((ROOT / "tests" / name).glob("test_*.py")), f"tests/{name} has no test"
+
+
+def test_a_folder_can_be_read_at_one_look():
+    def entries(folder: Path, pattern: str) -> list[str]:
+        return [path.name for path in folder.glob(pattern) if path.name != "__pycache__"]
+
+    assert len(entries(ROOT / "dpo_fast", "*")) <= 15  # and __pycache__
+    assert len(entries(KERNELS, "*.py")) <= 6
+    assert len(entries(BENCHMARKS, "*.py")) <= 3
 
 
 @pytest.mark.parametrize("name", ["dpo_fast", *sorted(SOURCES)])

@@ -150,7 +150,7 @@ def loss_tolerance(exact: bool, beta: float, comparisons: int) -> float:
     """How far losses of the same step may be apart, as a share of ln 2; `exact` is fp32.
 
     In half precision a pair's margin depends on what it is packed or padded with, in any trainer, by 1 nat or so (RMS,
-    `bench_rounding.py`). β/2 of that reaches the loss, less in a mean of many `comparisons`; three times as much may.
+    `run.py rounding`). β/2 of that reaches the loss, less in a mean of many `comparisons`; three times as much may.
     """
     if exact:
         return 1e-3

@@ -1,0 +1,1 @@
+"""The questions that benchmarks answer, and what they share."""

@@ -1,0 +1,1 @@
+"""Result files, timing, what every question needs."""

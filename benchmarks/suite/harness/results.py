@@ -1,0 +1,105 @@
+"""What every benchmark needs: hardware and versions it ran on, medians with their spread, a dated result file.
+
+    python benchmarks/run.py summary FOLDER
+
+prints a short table of what this machine's newest results in a folder say.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[2] / "results"
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "datasets", "peft"),
+    *("trl", "flash-attn", "liger-kernel", "cut-cross-entropy"),
+)
+
+
+def hardware() -> str:
+    """A short name of the machine, fit for a file name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-{_cpu_features()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cpu_features() -> str:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    return next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, commit and command line: what a figure must be quoted with."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a machine without git
+        commit = ""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "commit": commit,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median with the 20th and 80th percentile."""
+    if len(values) == 1:
+        return {"median": values[0], "p20": values[0], "p80": values[0], "count": 1}
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "count": len(values)}
+
+
+def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `<date>_<hardware>_<question>.json` and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.date.today().isoformat()}_{hardware()}_{question}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def summary(folder: Path) -> list[str]:
+    """Returns the short table of this machine's newest result for each question, as lines.
+
+    A result's own `summary` is taken, a list of lines; where it has none, its figures that stand by themselves.
+    """
+    newest = {}
+    for path in sorted(folder.glob(f"*_{hardware()}_*.json")):
+        newest[path.stem.split("_", 2)[2]] = path  # later dates come later
+    lines = []
+    for question, path in newest.items():
+        result = json.loads(path.read_text())
+        figures = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+        own = result.get("summary")
+        lines += ["", f"{question} ({path.name})"]
+        lines += own if isinstance(own, list) else [f"  {name}: {value:.4g}" for name, value in figures.items()]
+    return lines
+
+
+def main() -> None:
+    print("\n".join(summary(Path(sys.argv[1]))))

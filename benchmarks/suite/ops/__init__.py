@@ -1,0 +1,1 @@
+"""The ops alone: head, rows, attention, Liger's loss."""

@@ -1,0 +1,1 @@
+"""The reference pass and its store."""

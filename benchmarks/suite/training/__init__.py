@@ -1,0 +1,1 @@
+"""Whole training steps: speed, course, rounding, layout."""
