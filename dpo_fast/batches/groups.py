@@ -53,10 +53,12 @@ class PreferenceGroup:
 
     def num_tokens(self, layout: Layout = "shared") -> int:
         """Token positions that this group occupies when it is packed alone."""
-        lengths = [len(ids) for ids in self.completion_ids]
-        if layout == "shared":
-            return len(self.prompt_ids) + sum(lengths)
-        return (len(self.prompt_ids) + max(lengths)) * len(lengths)
+        return num_tokens(len(self.prompt_ids), [len(ids) for ids in self.completion_ids], layout)
+
+
+def num_tokens(prompt: int, completions: Sequence[int], layout: Layout = "shared") -> int:
+    """Return the token positions of a group by itself, from the lengths of its prompt and its completions."""
+    return prompt + sum(completions) if layout == "shared" else (prompt + max(completions)) * len(completions)
 
 
 def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:

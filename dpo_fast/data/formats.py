@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from dpo_fast.data.columns import COLUMNS, Row
 from dpo_fast.errors import InputError
 
 Message = dict[str, Any]
-Row = dict[str, Any]
 
 _LARGEST = 3.4028234663852886e38  # of fp32
 
@@ -305,18 +305,9 @@ _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _PAIR_COLUMNS = ("weight", "offset", *_REFERENCE_COLUMNS)
 _RANKED_COLUMNS = ("weight", *_TEMPLATE_COLUMNS)
 
-PREPARED = Format(
-    "prepared groups",
-    ("prompt_ids", "completion_ids", "comparisons"),
-    (
-        "comparison_weights",
-        "context_lengths",
-        "ref_logps",
-        "ref_token_logps",
-        "comparison_offsets",
-        "completion_scores",
-    ),
-)
+_NEEDED = tuple(name for name, column in COLUMNS.items() if column.default is None and not column.optional)
+
+PREPARED = Format("prepared groups", _NEEDED, tuple(name for name in COLUMNS if name not in _NEEDED))
 TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _PAIR_COLUMNS)
 FORMATS = (
     PREPARED,

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data import formats
+from dpo_fast.data.columns import with_defaults
 from dpo_fast.data.formats import Example, Format, Row, row_offset, row_weight
 from dpo_fast.errors import InputError
 
@@ -145,11 +146,5 @@ def _reference_logps(row: Row) -> list[float]:
 
 
 def _group(prompt: list[int], completions: list[list[int]], comparisons: list) -> Row:
-    return {
-        "prompt_ids": prompt,
-        "completion_ids": completions,
-        "comparisons": comparisons,
-        "comparison_weights": [1.0] * len(comparisons),
-        "context_lengths": [0] * len(completions),
-        "lost_prompt": "",
-    }
+    group = {"prompt_ids": prompt, "completion_ids": completions, "comparisons": comparisons}
+    return {**with_defaults(group), "lost_prompt": ""}

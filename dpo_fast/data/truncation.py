@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from dpo_fast.batches import groups
-from dpo_fast.batches.groups import ComparisonChoice, PreferenceGroup
-from dpo_fast.data.columns import FIELDS, OPTIONAL_FIELDS, REFERENCE_FIELDS
+from dpo_fast.batches.groups import ComparisonChoice
+from dpo_fast.data import columns
+from dpo_fast.data.columns import COLUMNS, Row, take, with_defaults
 from dpo_fast.data.formats import is_finite
 from dpo_fast.errors import InputError
 
@@ -35,132 +34,106 @@ NO_WEIGHT = "no weight"
 STAYS = ", in a group that stays"
 
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
-CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(groups.__file__).read_bytes()).hexdigest()
+CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(columns.__file__).read_bytes()).hexdigest()
 
 
-def group_from_row(row: dict[str, Any], where: str) -> PreferenceGroup:
-    """The group of a row, checked, with the columns that it leaves out filled in; `where` names the row in errors."""
-    group = PreferenceGroup.from_row(row)
-    weights = row.get("comparison_weights")
-    group = replace(
-        group,
-        comparison_weights=[1.0] * len(group.comparisons) if weights is None else weights,
-        context_lengths=list(group.contexts),
-    )
-    for column in OPTIONAL_FIELDS:
-        if column in row and row[column] is None:
-            raise InputError(f"{where}: column {column!r} is missing; give it in every row, or leave the column out")
-    _check(group, where)
+def checked_group(row: Row, where: str) -> Row:
+    """Return the group of a row, with the columns that it leaves out filled in; `where` names the row in errors."""
+    group = with_defaults({name: row[name] for name in COLUMNS if name in row})
+    counts = {"completion": len(group["completion_ids"]), "comparison": len(group["comparisons"])}
+    if any(not 0 <= index < counts["completion"] for pair in group["comparisons"] for index in pair):
+        raise InputError(
+            f"{where}: comparisons {group['comparisons']} must be indices of the {counts['completion']} completions"
+        )
+    for name, values in group.items():
+        column = COLUMNS[name]
+        if values is None:
+            raise InputError(f"{where}: column {name!r} is missing; give it in every row, or leave the column out")
+        if not column.optional and column.default is None:
+            continue
+        needed = counts[column.per]
+        if len(values) != needed:
+            raise InputError(
+                f"{where}: column {name!r} holds {len(values)} for {needed} {column.per}s; give one for each"
+            )
+        if not all(map(is_finite, _flat(values))):
+            raise InputError(f"{where}: column {name!r}: expected finite numbers, got {values}")
+    if any(weight < 0 for weight in group["comparison_weights"]):
+        raise InputError(
+            f"{where}: column 'comparison_weights': {group['comparison_weights']} must be 0 or more; let the other "
+            "completion win instead"
+        )
     return group
 
 
-def _check(group: PreferenceGroup, where: str) -> None:
-    count = len(group.completion_ids)
-    if any(not 0 <= index < count for pair in group.comparisons for index in pair):
-        raise InputError(f"{where}: comparisons {group.comparisons} must be indices of the {count} completions")
-    for column, needed, what in (
-        ("comparison_weights", len(group.comparisons), "comparisons"),
-        ("comparison_offsets", len(group.comparisons), "comparisons"),
-        ("context_lengths", count, "completions"),
-        ("ref_logps", count, "completions"),
-        ("completion_scores", count, "completions"),
-        ("ref_token_logps", count, "completions"),
-    ):
-        values = getattr(group, column)
-        if values is not None and len(values) != needed:
-            raise InputError(f"{where}: column {column!r} holds {len(values)} for {needed} {what}; give one for each")
-        flat = chain(*values) if column == "ref_token_logps" and values is not None else values
-        if flat is not None and not all(map(is_finite, flat)):
-            raise InputError(f"{where}: column {column!r}: expected finite numbers, got {values}")
-    if any(weight < 0 for weight in group.comparison_weights):
-        raise InputError(
-            f"{where}: column 'comparison_weights': {group.comparison_weights} must be 0 or more; let the other "
-            "completion win instead"
-        )
+def _flat(values: Sequence[Any]) -> Sequence[Any]:
+    nested = any(isinstance(value, list | tuple | np.ndarray) for value in values)
+    return list(chain(*values)) if nested else values
 
 
-def choose_comparisons(group: PreferenceGroup, choice: ComparisonChoice) -> PreferenceGroup:
-    """`group` with those of its comparisons that `choice` asks for; all of them where it has no scores.
+def choose_comparisons(group: Row, choice: ComparisonChoice) -> Row:
+    """Return `group` with those of its comparisons that `choice` asks for; all of them where it has no scores.
 
     `best_vs_rest` keeps what a completion of the highest score wins, `best_vs_worst` what it wins against one of the
     lowest: a single comparison, unless several completions share either score.
     """
-    scores = group.completion_scores
+    scores = group.get("completion_scores")
     if choice == "all_pairs" or not scores:
         return group
     best, bound = max(scores), min(scores) if choice == "best_vs_worst" else np.inf
     kept = [
         index
-        for index, (winner, loser) in enumerate(group.comparisons)
+        for index, (winner, loser) in enumerate(group["comparisons"])
         if scores[winner] == best and scores[loser] <= bound
     ]
-    return _with_comparisons(group, kept)
+    return take(group, "comparison", kept)
 
 
-def _with_comparisons(group: PreferenceGroup, kept: Sequence[int]) -> PreferenceGroup:
-    offsets = group.comparison_offsets
-    return replace(
-        group,
-        comparisons=[group.comparisons[c] for c in kept],
-        comparison_weights=[group.comparison_weights[c] for c in kept],
-        comparison_offsets=None if offsets is None else [offsets[c] for c in kept],
-    )
-
-
-def truncate(group: PreferenceGroup, max_length: int | None, truncation_mode: str) -> PreferenceGroup:
-    """`group` with every prompt+completion cut to `max_length` tokens; None leaves it whole.
+def truncate(group: Row, max_length: int | None, truncation_mode: str) -> Row:
+    """Return `group` with every prompt+completion cut to `max_length` tokens; None leaves it whole.
 
     With `keep_start` the prompt must be shorter than `max_length`.
     """
-    prompt = group.prompt_ids
+    prompt, completions = group["prompt_ids"], group["completion_ids"]
     longest = np.inf if max_length is None else max_length
-    excess = [max(0, len(prompt) + len(ids) - longest) for ids in group.completion_ids]
+    excess = [max(0, len(prompt) + len(ids) - longest) for ids in completions]
     if not any(excess):
         return group
     if truncation_mode == "keep_start":
-        return replace(group, completion_ids=[ids[: max_length - len(prompt)] for ids in group.completion_ids])
+        return {**group, "completion_ids": [ids[: max_length - len(prompt)] for ids in completions]}
     if len(set(excess)) == 1 and excess[0] <= len(prompt):
-        return replace(group, prompt_ids=prompt[excess[0] :])
-    return replace(
-        group,
-        prompt_ids=[],
-        completion_ids=[[*prompt, *ids][cut:] for ids, cut in zip(group.completion_ids, excess, strict=True)],
-        context_lengths=[max(0, len(prompt) + n - cut) for n, cut in zip(group.contexts, excess, strict=True)],
-    )
+        return {**group, "prompt_ids": prompt[excess[0] :]}
+    contexts = zip(group["context_lengths"], excess, strict=True)
+    return {
+        **group,
+        "prompt_ids": [],
+        "completion_ids": [[*prompt, *ids][cut:] for ids, cut in zip(completions, excess, strict=True)],
+        "context_lengths": [max(0, len(prompt) + length - cut) for length, cut in contexts],
+    }
 
 
-def keep_signal(group: PreferenceGroup) -> tuple[PreferenceGroup, list[int], list[str]]:
-    """Drops comparisons that teach nothing, and completions that no comparison is left for.
+def keep_signal(group: Row) -> tuple[Row, list[int], list[str]]:
+    """Drop comparisons that teach nothing, and completions that no comparison is left for.
 
     Returns:
         The group, the indices of the completions that stay, and one reason for each comparison dropped.
     """
-    unpredicted = 0 if group.prompt_ids else 1  # nothing predicts the first token of a sequence
-    keys = list(zip(group.contexts, group.completion_ids, strict=True))
+    unpredicted = 0 if group["prompt_ids"] else 1  # nothing predicts the first token of a sequence
+    keys = list(zip(group["context_lengths"], group["completion_ids"], strict=True))
     empty = [len(ids) <= max(context, unpredicted) for context, ids in keys]
     kept, reasons = [], []
-    for index, (winner, loser) in enumerate(group.comparisons):
+    for index, (winner, loser) in enumerate(group["comparisons"]):
         if empty[winner] or empty[loser]:
             reasons.append(EMPTY_COMPLETION)
         elif keys[winner] == keys[loser]:
             reasons.append(IDENTICAL_COMPLETIONS)
         else:
             kept.append(index)
-    group = _with_comparisons(group, kept)
-    used = sorted({index for pair in group.comparisons for index in pair})
+    group = take(group, "comparison", kept)
+    used = sorted({index for pair in group["comparisons"] for index in pair})
     place = {index: k for k, index in enumerate(used)}
-    group = replace(
-        group,
-        completion_ids=[group.completion_ids[k] for k in used],
-        comparisons=[(place[winner], place[loser]) for winner, loser in group.comparisons],
-        context_lengths=[group.contexts[k] for k in used],
-        **{
-            field: [values[k] for k in used]
-            for field in (*REFERENCE_FIELDS, "completion_scores")
-            if (values := getattr(group, field)) is not None
-        },
-    )
-    return group, used, reasons
+    comparisons = [(place[winner], place[loser]) for winner, loser in group["comparisons"]]
+    return {**take(group, "completion", used), "comparisons": comparisons}, used, reasons
 
 
 class TruncateRows:
@@ -188,37 +161,38 @@ class TruncateRows:
         results = [self._row(row, index) for row, index in zip(rows, indices, strict=True)]
         return {column: [result[column] for result in results] for column in results[0]}
 
-    def _row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def _row(self, row: Row, index: int) -> Row:
         where = f"{self.name} dataset, row {index}"
-        whole = choose_comparisons(group_from_row(row, where), self.comparisons)
+        whole = choose_comparisons(checked_group(row, where), self.comparisons)
         self._check_vocabulary(whole, where)
-        longest = np.inf if self.max_length is None else self.max_length
-        if self.truncation_mode == "keep_start" and len(whole.prompt_ids) >= longest:
+        prompt, longest = whole["prompt_ids"], np.inf if self.max_length is None else self.max_length
+        if self.truncation_mode == "keep_start" and len(prompt) >= longest:
             return self._dropped(whole, PROMPT_TOO_LONG)
-        if not whole.completion_ids:
+        if not whole["completion_ids"]:
             return self._dropped(whole, NO_PROMPT)
-        if not whole.comparisons:
+        if not whole["comparisons"]:
             return self._dropped(whole, ALL_TIES)
         group, used, reasons = keep_signal(truncate(whole, self.max_length, self.truncation_mode))
-        if not group.comparisons:
+        if not group["comparisons"]:
             return self._dropped(whole, reasons[0])
-        if not np.asarray(group.comparison_weights, np.float32).any():
+        if not np.asarray(group["comparison_weights"], np.float32).any():
             return self._dropped(whole, NO_WEIGHT)
 
         truncated = lost_eos = 0
-        for k, ids in zip(used, group.completion_ids, strict=True):
-            cut = len(whole.prompt_ids) + len(whole.completion_ids[k]) - len(group.prompt_ids) - len(ids)
+        for k, ids in zip(used, group["completion_ids"], strict=True):
+            before = whole["completion_ids"][k]
+            cut = len(prompt) + len(before) - len(group["prompt_ids"]) - len(ids)
             truncated += cut > 0
             if cut and self.truncation_mode == "keep_start":
-                lost_eos += self.eos_token_id in whole.completion_ids[k][len(ids) :]
+                lost_eos += self.eos_token_id in before[len(ids) :]
         account = {"truncated": truncated, "lost_eos": lost_eos, "reasons": [reason + STAYS for reason in reasons]}
-        return {**_columns(group), **account}
+        return {**group, **account}
 
-    def _dropped(self, group: PreferenceGroup, reason: str) -> dict[str, Any]:
-        return {**{column: [] for column in _columns(group)}, "truncated": 0, "lost_eos": 0, "reasons": [reason]}
+    def _dropped(self, group: Row, reason: str) -> Row:
+        return {**{name: [] for name in group}, "truncated": 0, "lost_eos": 0, "reasons": [reason]}
 
-    def _check_vocabulary(self, group: PreferenceGroup, where: str) -> None:
-        for ids in (group.prompt_ids, *group.completion_ids):
+    def _check_vocabulary(self, group: Row, where: str) -> None:
+        for ids in (group["prompt_ids"], *group["completion_ids"]):
             if ids and (min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size)):
                 wrong = min(ids) if min(ids) < 0 else max(ids)
                 size = "" if self.vocab_size is None else f" of {self.vocab_size} entries"
@@ -226,7 +200,3 @@ class TruncateRows:
                     f"{where}: token id {wrong} is outside the model's vocabulary{size}; use the model's own "
                     "tokenizer, or resize its embeddings when tokens were added"
                 )
-
-
-def _columns(group: PreferenceGroup) -> dict[str, Any]:
-    return {field: getattr(group, field) for field in FIELDS if getattr(group, field) is not None}

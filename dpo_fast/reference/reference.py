@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, empty_pack
-from dpo_fast.data.columns import COLUMNS, token_tables
+from dpo_fast.data.columns import KEY_COLUMNS, token_tables
 from dpo_fast.errors import InputError
 from dpo_fast.machine import cache_dir
 from dpo_fast.model.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
@@ -260,7 +260,7 @@ class Reference:
         """
         run, logps = self._row_pass, []
         if rows:
-            table = pa.table({name: [row[name] for row in rows] for name in COLUMNS if name in rows[0]})
+            table = pa.table({name: [row[name] for row in rows] for name in KEY_COLUMNS if name in rows[0]})
             keys = CompletionKeys.of_table(table)
             run.run(table, keys)
             self._check(run.report.known)

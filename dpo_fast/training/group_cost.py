@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
+from dpo_fast.batches.groups import num_tokens
 from dpo_fast.batches.token_budget import deal, longest_first
 from dpo_fast.data.columns import token_tables
 from dpo_fast.model.loading import vocabulary_size
@@ -71,7 +72,7 @@ class GroupCost:
 
     def tokens(self, prompt: int, completions: Sequence[int]) -> int:
         """Returns the token positions of a group."""
-        return prompt + sum(completions) if self.layout == "shared" else (prompt + max(completions)) * len(completions)
+        return num_tokens(prompt, completions, self.layout)
 
 
 def group_lengths(dataset: Dataset) -> Iterator[tuple[int, list[int]]]:

@@ -5,7 +5,6 @@ that is left has the weight and the offset that it had, and every completion its
 """
 
 from collections import Counter
-from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from statistics import fmean
 
@@ -19,6 +18,7 @@ from test_prepare import CONVERSATIONS, PAIR, REFERENCE, TOKENIZER, prepare, tex
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.config import DPOConfig
+from dpo_fast.data.columns import with_defaults
 from dpo_fast.data.formats import _cycle, comparisons_from_scores, detect_format
 from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.data.tokenization import TokenizeRows
@@ -40,7 +40,8 @@ def named(row):
 def scored(scores):
     pairs = comparisons_from_scores(scores)
     ids = [[k] for k in range(len(scores))]
-    return PreferenceGroup([9], ids, pairs, [1.0] * len(pairs), completion_scores=scores)
+    group = {"prompt_ids": [9], "completion_ids": ids, "comparisons": pairs, "completion_scores": scores}
+    return with_defaults(group)
 
 
 # Strategies
@@ -58,15 +59,15 @@ def test_the_number_of_comparisons(scores):
         "best_vs_worst": best * worst if len(count) > 1 else 0,
     }
     for choice in COMPARISON_CHOICES:
-        assert len(choose_comparisons(scored(scores), choice).comparisons) == expected[choice]
+        assert len(choose_comparisons(scored(scores), choice)["comparisons"]) == expected[choice]
 
 
 @given(scores_of_k, st.randoms())
 def test_strategies_are_what_they_say_whatever_the_order_of_the_completions(scores, random):
     order = random.sample(range(len(scores)), len(scores))
     for choice in COMPARISON_CHOICES:
-        pairs = set(choose_comparisons(scored(scores), choice).comparisons)
-        shuffled = choose_comparisons(scored([scores[k] for k in order]), choice).comparisons
+        pairs = set(choose_comparisons(scored(scores), choice)["comparisons"])
+        shuffled = choose_comparisons(scored([scores[k] for k in order]), choice)["comparisons"]
         assert {(order[winner], order[loser]) for winner, loser in shuffled} == pairs
         for winner, loser in pairs:
             assert scores[winner] > scores[loser]
@@ -205,21 +206,29 @@ def labelled_groups(draw, shortest=0):
     labels = [1.0 + 10 * winner + loser for winner, loser in pairs]
     prompt = draw(st.lists(st.integers(1, 2), min_size=shortest, max_size=3))
     offsets, scores = [-label for label in labels], [float(k) for k in range(count)]
-    return PreferenceGroup(
-        prompt, completions, pairs, labels, [0] * count, comparison_offsets=offsets, completion_scores=scores
-    )
+    return {
+        "prompt_ids": prompt,
+        "completion_ids": completions,
+        "comparisons": pairs,
+        "comparison_weights": labels,
+        "context_lengths": [0] * count,
+        "comparison_offsets": offsets,
+        "completion_scores": scores,
+    }
 
 
 @given(labelled_groups(), st.integers(4, 7), st.sampled_from(["keep_start", "keep_end"]))
 def test_cutting_keeps_weights_offsets_and_scores_in_place(whole, max_length, mode):
     cut = truncate(whole, max_length, mode)
     group, used, reasons = keep_signal(cut)
-    assert group.completion_scores == used and len(group.comparisons) + len(reasons) == len(whole.comparisons)
-    assert group.completion_ids == [cut.completion_ids[k] for k in used]
-    assert len(group.comparison_weights) == len(group.comparison_offsets) == len(group.comparisons)
-    for index, (winner, loser) in enumerate(group.comparisons):
-        label = 1.0 + 10 * group.completion_scores[winner] + group.completion_scores[loser]
-        assert group.comparison_weights[index] == label == -group.comparison_offsets[index]
+    scores, comparisons = group["completion_scores"], group["comparisons"]
+    weights, offsets = group["comparison_weights"], group["comparison_offsets"]
+    assert scores == used and len(comparisons) + len(reasons) == len(whole["comparisons"])
+    assert group["completion_ids"] == [cut["completion_ids"][k] for k in used]
+    assert len(weights) == len(offsets) == len(comparisons)
+    for index, (winner, loser) in enumerate(comparisons):
+        label = 1.0 + 10 * scores[winner] + scores[loser]
+        assert weights[index] == label == -offsets[index]
 
 
 letters = st.sampled_from("abcde")
@@ -306,8 +315,8 @@ def test_a_cycle_is_found_where_there_is_one(comparisons):
 @given(st.lists(st.tuples(labelled_groups(shortest=1), st.booleans()), min_size=1, max_size=4))
 def test_packing_keeps_offsets_and_scores_beside_their_comparisons(drawn):
     groups = [
-        group if complete else replace(group, comparison_offsets=None, completion_scores=None)
-        for group, complete in drawn
+        PreferenceGroup.from_row(row if complete else {**row, "comparison_offsets": None, "completion_scores": None})
+        for row, complete in drawn
     ]
     packed = pack(groups)
     owners, (winners, losers) = packed.completion_groups, packed.comparisons.unbind(1)

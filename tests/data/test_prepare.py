@@ -3,19 +3,18 @@
 The tokenizers are byte-level, so ids can be written as text: `text(ids)` reads them back.
 """
 
-from dataclasses import fields
-
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.batches.groups import PreferenceGroup
+from dpo_fast.data.columns import COLUMNS, with_defaults
 from dpo_fast.data.formats import comparisons_from_scores
 from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.data.prepare import DataSummary, prepare_dataset
 from dpo_fast.data.tokenization import TokenizeRows
-from dpo_fast.data.truncation import OPTIONAL_FIELDS, truncate
+from dpo_fast.data.truncation import truncate
 from tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -187,14 +186,17 @@ def groups(draw):
     prompt = draw(st.lists(st.integers(0, 255), max_size=12))
     completions = draw(st.lists(ids, min_size=2, max_size=4))
     contexts = [draw(st.integers(0, len(completion) - 1)) for completion in completions]
-    return PreferenceGroup(prompt, completions, context_lengths=draw(st.sampled_from([None, contexts])))
+    contexts = draw(st.sampled_from([None, contexts]))
+    return with_defaults(
+        {"prompt_ids": prompt, "completion_ids": completions, "comparisons": [(0, 1)], "context_lengths": contexts}
+    )
 
 
 def sequences(group):
     """(tokens, index of the first completion token) of every completion, whatever way the group stores them."""
-    start = len(group.prompt_ids)
-    pairs = zip(group.completion_ids, group.contexts, strict=True)
-    return [([*group.prompt_ids, *ids], start + context) for ids, context in pairs]
+    start = len(group["prompt_ids"])
+    pairs = zip(group["completion_ids"], group["context_lengths"], strict=True)
+    return [([*group["prompt_ids"], *ids], start + context) for ids, context in pairs]
 
 
 @given(groups(), st.integers(2, 30))
@@ -205,17 +207,17 @@ def test_keep_end_keeps_the_last_tokens_of_every_sequence(group, max_length):
         assert kept_start == max(0, start - (len(whole) - len(kept)))
     assert truncate(cut, max_length, "keep_end") == cut
     lengths = {min(max_length, len(whole)) - len(whole) for whole, _ in sequences(group)}
-    if len(lengths) == 1 and -min(lengths) < len(group.prompt_ids):
-        assert cut.prompt_ids, "equal cuts leave a prompt to share"
+    if len(lengths) == 1 and -min(lengths) < len(group["prompt_ids"]):
+        assert cut["prompt_ids"], "equal cuts leave a prompt to share"
 
 
 @given(groups(), st.integers(2, 30))
 def test_keep_start_keeps_the_first_tokens_of_every_sequence(group, max_length):
-    if len(group.prompt_ids) >= max_length:
+    if len(group["prompt_ids"]) >= max_length:
         return
     cut = truncate(group, max_length, "keep_start")
     expected = [(whole[:max_length], start) for whole, start in sequences(group)]
-    assert sequences(cut) == expected and cut.prompt_ids == group.prompt_ids
+    assert sequences(cut) == expected and cut["prompt_ids"] == group["prompt_ids"]
 
 
 def test_truncation_is_counted_and_so_is_a_lost_end_of_sequence():
@@ -371,7 +373,7 @@ def test_reference_logps_of_cut_or_merged_rows_are_not_used(caplog):
 
 def test_the_columns_are_the_fields_of_a_group():
     rows, _ = prepare([PAIR])
-    assert rows.column_names == [field.name for field in fields(PreferenceGroup) if field.name not in OPTIONAL_FIELDS]
+    assert rows.column_names == [name for name, column in COLUMNS.items() if not column.optional]
     group = PreferenceGroup.from_row(rows[0])
     assert group.comparisons == [[0, 1]] and group.comparison_weights == [1.0] and group.contexts == [0, 0]
 
