@@ -49,7 +49,7 @@ lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 bench: env
-	for name in head attention rows layout; do .venv/bin/python benchmarks/bench_$$name.py --out $(RESULTS) || exit 1; done
+	for question in head attention rows layout; do .venv/bin/python benchmarks/run.py $$question --out $(RESULTS) || exit 1; done
 
 # Both use the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one, and the
 # repository root must stay off sys.path. The seconds of either add up to 535.

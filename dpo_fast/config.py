@@ -275,6 +275,11 @@ class DPOConfig(TrainingArguments):
             )
 
     @property
+    def splits_completions(self) -> bool:
+        """Whether completions are split where others that they are compared with end (LD-DPO)."""
+        return self.ld_alpha is not None
+
+    @property
     def loss_parameters(self) -> LossParameters:
         """What the losses are tuned by."""
         return LossParameters(**{field.name: getattr(self, field.name) for field in fields(LossParameters)})

@@ -35,10 +35,9 @@ from transformers import (
 from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.config import DPOConfig
-from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary
 from dpo_fast.errors import InputError
-from dpo_fast.losses import COUPLED, REFERENCE_FREE
+from dpo_fast.losses import COUPLED, uses
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.compilation import compile_layers
@@ -60,9 +59,10 @@ from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
 from dpo_fast.training.activation_memory import activations_fit, largest_pack
 from dpo_fast.training.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
-from dpo_fast.training.datasets import map_datasets, prepare_preferences
+from dpo_fast.training.datasets import PreferenceDatasets, map_datasets
 from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
+from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import level, rows_in_order, share_among_ranks, with_positions
 from dpo_fast.training.running_margin import RunningMargin
 from dpo_fast.training.stream_batches import StreamBatches
@@ -99,7 +99,9 @@ class DPOTrainer(Trainer):
     # The loss is divided by the totals of the optimizer step, over all its micro-batches.
     loss_is_scaled_for_ga = True
     _tag_names = ["dpo_fast", "dpo"]
+    _datasets_class = PreferenceDatasets
     _shard: Shard | None = None  # which prompts the reference runs on; None for this process's share
+    args: DPOConfig
 
     def __init__(
         self,
@@ -137,21 +139,22 @@ class DPOTrainer(Trainer):
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
 
-        self.data_summaries: dict[str, DataSummary] = {}
-        self._tokenizer, self._config = processing_class, args
-        self._vocab_size = vocabulary_size(model)
-        train_dataset = self._tokenized(train_dataset, "train")
-        eval_dataset = map_datasets(eval_dataset, self._tokenized)
-        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        self._streams = any(isinstance(dataset, IterableDataset) for dataset in datasets)
-        if self._streams and args.accelerator_config.dispatch_batches is None:
+        self._datasets = self._datasets_class(
+            args,
+            processing_class,
+            vocabulary_size(model),
+            new_adapter=peft_config is not None,
+            own_reference=ref_model is not None,
+        )
+        train_dataset = self._datasets.tokenized(train_dataset, "train")
+        eval_dataset = map_datasets(eval_dataset, self._datasets.tokenized)
+        if self._datasets.has_streams and args.accelerator_config.dispatch_batches is None:
             args.accelerator_config.dispatch_batches = False  # every process reads its own rows
 
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._reference_free = set(args.loss_mix) <= set(REFERENCE_FREE)
-        if self._reference_free and ref_model is not None:
+        needs_reference = any(uses(loss, "reference") for loss in args.loss_mix)
+        if ref_model is not None and not needs_reference:
             raise InputError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
-        self._new_adapter, self._own_reference = peft_config is not None, ref_model is not None
         self.layout = prepare_forward(base, args.layout)
         model = prepare_peft(model, peft_config, args)
         self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
@@ -168,7 +171,7 @@ class DPOTrainer(Trainer):
                 self.layout,
                 args.max_tokens_per_micro_batch,
                 processing_class.pad_token_id,
-                cut=args.ld_alpha is not None,
+                cut=args.splits_completions,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -177,6 +180,7 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        show_progress(self)
         if args.n_gpu > 1:
             raise InputError(
                 f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share out; start with "
@@ -192,58 +196,39 @@ class DPOTrainer(Trainer):
         self._objective = Objective(args.loss_mix, args.loss_parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
-        self._empty = empty_pack(self.layout, cut=args.ld_alpha is not None).to(args.device)
+        self._empty = empty_pack(self.layout, cut=args.splits_completions).to(args.device)
         self._metrics = {mode: MetricAccumulator(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0
         self._balances: list[float] = []
         self.model.add_model_tags(self._tag_names)
 
-        self.reference = None if self._reference_free else self._make_reference(ref_model, fingerprint)
-        self.train_dataset = self._with_reference(self.train_dataset, "train")
-        self.eval_dataset = map_datasets(self.eval_dataset, self._with_reference)
-        if self.reference is not None and self._streams and not self._new_adapter and not self._own_reference:
-            self.reference.keep()
-        elif self.reference is not None and self._own_reference and not self._streams:
-            self.reference.release()
+        if needs_reference:
+            self._datasets.reference = self._make_reference(ref_model, fingerprint, adapters=peft_config is None)
+        self.train_dataset = self._datasets.with_reference(self.train_dataset, "train")
+        self.eval_dataset = map_datasets(self.eval_dataset, self._datasets.with_reference)
+        self._datasets.settle_reference()
 
-    # ---- data and reference ----
+    @property
+    def reference(self) -> Reference | None:
+        """What gives reference log-probs; None where the loss looks at none."""
+        return self._datasets.reference
 
-    def _tokenized(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        with self._config.main_process_first(local=True, desc=f"tokenizing {name}"):
-            dataset, summary = prepare_preferences(
-                dataset, self._tokenizer, self._config, vocab_size=self._vocab_size, name=name
-            )
-        if summary is not None:
-            self.data_summaries[name] = summary
-            logger.info("%s: %s", name, summary)
-        return dataset
+    @property
+    def data_summaries(self) -> dict[str, DataSummary]:
+        """What became of the rows, by name of the dataset."""
+        return self._datasets.summaries
 
-    def _with_reference(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        """Adds the reference log-probs of `dataset`, from the store where it has them, if the loss looks at any."""
-        if self.reference is None or self.reference.column in (columns := column_names(dataset)):
-            return dataset
-        if "ref_logps" in columns:
-            raise InputError(
-                f"ref_chosen_logps: the {name} dataset has sums of reference log-probs, and ld_alpha="
-                f"{self.args.ld_alpha} needs those of every token; drop ref_chosen_logps and ref_rejected_logps, and "
-                "they are computed"
-            )
-        if isinstance(dataset, IterableDataset):
-            self.reference.expect_rows(self.args.dataloader_num_workers)
-            return dataset
-        return self.reference.with_logps(dataset, name)
-
-    def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint) -> Reference:
-        model, adapters = self.model, not self._new_adapter
+    def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint, adapters: bool) -> Reference:
+        model = self.model
         if ref_model is not None:
             model, adapters, fingerprint = ref_model.to(self.args.device), True, weights_fingerprint
-            prepare_reference(ref_model, self._vocab_size, self.layout)
+            prepare_reference(ref_model, self._datasets.vocab_size, self.layout)
         return Reference(
             model,
             self.accelerator,
             layout=self.layout,
             adapters=adapters,
-            column="ref_logps" if self.args.ld_alpha is None else "ref_token_logps",
+            column="ref_token_logps" if self.args.splits_completions else "ref_logps",
             root=self.args.reference_cache_dir,
             max_tokens=self.args.max_tokens_per_micro_batch,
             fingerprint=fingerprint,
@@ -265,7 +250,7 @@ class DPOTrainer(Trainer):
         try:
             return super().train(folder, *args, **kwargs)
         finally:
-            self._keep_references_of_streams()
+            self._datasets.save_references()
 
     def _must_recompute(self) -> bool:
         """Whether activations of the largest pack do not fit, or an engine has yet to say what memory it leaves."""
@@ -279,11 +264,6 @@ class DPOTrainer(Trainer):
         self.model.train()
         with on_device(self.model, self.args.device):
             return not activations_fit(self.model, packs, most, self.accelerator.autocast())
-
-    def _keep_references_of_streams(self) -> None:
-        """Writes what the store has in memory alone: the last rows of a stream."""
-        if self.reference is not None and self._streams:
-            self.reference.store.close()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
@@ -312,8 +292,7 @@ class DPOTrainer(Trainer):
         """Like transformers', but in the order of one process, and no group comes twice to fill up the last batch."""
         whole = batch_size * self.accelerator.num_processes
         if isinstance(dataset, IterableDataset):
-            known = self.reference is None or self.reference.column in column_names(dataset)
-            reference = None if known else self.reference
+            reference = self.reference if self._datasets.lacks_reference(dataset) else None
             dataset, whole = StreamBatches(dataset, whole, self._group_cost, self.accelerator, reference), None
         elif whole > batch_size and not kwargs.get("is_training"):
             dataset = with_positions(dataset, whole)
@@ -442,27 +421,11 @@ class DPOTrainer(Trainer):
                 that has been trained since. Pass the dataset to the constructor instead.
         """
         if isinstance(eval_dataset, Dataset | IterableDataset | dict):
-            eval_dataset = map_datasets(eval_dataset, self._prepare_held_out)
+            held_out = functools.partial(self._datasets.held_out, trained=self.state.global_step > 0)
+            eval_dataset = map_datasets(eval_dataset, held_out)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._keep_references_of_streams()
+        self._datasets.save_references()
         return metrics
-
-    def _prepare_held_out(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        if self.reference is not None and self.reference.column in column_names(dataset):
-            return dataset
-        dataset = self._tokenized(dataset, name)
-        gone = self._own_reference or (self.state.global_step and not self._new_adapter)
-        if self.reference is None or not gone or self._streams or self.reference.column in column_names(dataset):
-            return self._with_reference(dataset, name)
-        try:
-            return self.reference.with_stored_logps(dataset)
-        except ValueError as error:
-            reference = "ref_model" if self._own_reference else "the policy before training"
-            raise InputError(
-                f"eval_dataset {name!r} needs reference log-probs that the reference store lacks ({error}), and the "
-                f"reference ({reference}) is not kept; give the dataset to DPOTrainer(eval_dataset=…) instead, or fill "
-                "the store with `dpo-fast cache`"
-            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

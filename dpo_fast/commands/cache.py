@@ -138,16 +138,19 @@ def _caching_trainer(shard: int, shards: int) -> type:
 
     from dpo_fast.reference.compute import Shard
     from dpo_fast.trainer import DPOTrainer
+    from dpo_fast.training.datasets import PreferenceDatasets
 
     state = PartialState()
 
-    class CachingTrainer(DPOTrainer):
-        _shard = Shard(shard * state.num_processes + state.process_index, shards * state.num_processes)
-
-        def _with_reference(self, dataset, name):
+    class ComputingDatasets(PreferenceDatasets):
+        def with_reference(self, dataset, name):
             if self.reference is None:
-                raise ValueError(f"loss_type={self.args.loss_type} looks at no reference: there is nothing to compute.")
+                raise ValueError("loss_type: the loss looks at no reference log-prob; there is nothing to compute.")
             self.reference.compute(dataset, name)
             return dataset
+
+    class CachingTrainer(DPOTrainer):
+        _datasets_class = ComputingDatasets
+        _shard = Shard(shard * state.num_processes + state.process_index, shards * state.num_processes)
 
     return CachingTrainer

@@ -1,4 +1,4 @@
-"""Rows of a dataset → tokenised preference groups, with an account of what was dropped.
+"""Rows of a dataset or a stream → tokenised preference groups, with an account of what was dropped.
 
     read       `formats`: a row of any accepted format → prompt, completions, comparisons
     tokenize   `tokenization`: → whole preference groups
@@ -14,6 +14,7 @@ max_length and comparisons.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from dpo_fast.data.columns import (
     group_features,
     tokenized_features,
 )
-from dpo_fast.data.formats import PREPARED, Format, detect_format
+from dpo_fast.data.formats import PREPARED, detect_format
 from dpo_fast.data.merging import merge_by_prompt
 from dpo_fast.data.tokenization import TokenizeRows
 from dpo_fast.data.truncation import (
@@ -78,8 +79,8 @@ class DataSummary:
         return text
 
 
-def prepare_dataset(
-    dataset: Dataset,
+def prepare(
+    dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
@@ -89,13 +90,14 @@ def prepare_dataset(
     vocab_size: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
-) -> tuple[Dataset, DataSummary]:
-    """Rows of any accepted format → preference groups, one a row, in columns named as `PreferenceGroup`'s fields.
+) -> tuple[Dataset | IterableDataset, DataSummary | None]:
+    """Turn rows of any accepted format into preference groups, one per row, in the columns of `dpo_fast.data.columns`.
 
-    A dataset of prepared groups passes through: only what exceeds `max_length` is cut.
+    A dataset of prepared groups passes through: only what exceeds `max_length` is cut. Rows of a stream are tokenised
+    and cut as training asks for them, so there is no account of what was dropped.
 
     Args:
-        dataset: one split, map-style, in a format that `dpo_fast.data.formats` describes.
+        dataset: one split, in a format that `dpo_fast.data.formats` describes.
         tokenizer: the model's. Plain text needs its `eos_token`, conversations its `chat_template`.
         max_length: most tokens of prompt+completion, at least 2. None keeps everything.
         truncation_mode: `keep_start` or `keep_end` of prompt+completion.
@@ -103,28 +105,36 @@ def prepare_dataset(
             `best_vs_worst`; of completions that share the highest or the lowest score, each. Pairs, comparisons that
             the rows list and prepared groups stay as given.
         group_by_prompt: merge rows whose prompts have the same tokens. A comparison that occurs twice weighs twice, a
-            completion that is scored twice has the mean score.
-        vocab_size: of the model; a token id beyond it is an error.
-        num_proc: processes to work in.
-        name: of the dataset, for progress bars and messages.
+            completion that is scored twice has the mean score. Not for streams.
+        vocab_size: vocabulary size of the model; a token id beyond it is an error.
+        num_proc: number of processes to work in; without effect on a stream.
+        name: name of the dataset, for progress bars and messages.
 
     Returns:
-        The groups, and what became of the rows. `ref_logps` are there when the rows supplied `ref_chosen_logps` and
-        `ref_rejected_logps`, unless a row was cut or merged; `comparison_offsets` when they supplied `offset`;
-        `completion_scores` when they supplied `scores`, or `ranks`, which turn into their negatives.
+        The groups, and what became of the rows: None for a stream, whose rows are not known yet. `ref_logps` are there
+        when the rows supplied `ref_chosen_logps` and `ref_rejected_logps`, unless a row was cut or merged;
+        `comparison_offsets` when they supplied `offset`; `completion_scores` when they supplied `scores`, or `ranks`,
+        which turn into their negatives.
 
     Raises:
-        ValueError: an argument, a column, or a row is not as described, or no row is usable.
+        InputError: an argument, a column, or a row is not as described, or no row is usable. While a stream is read,
+            also a row that was cut although it brings reference log-probs.
     """
-    _check_arguments(dataset, max_length, truncation_mode, comparisons, name)
-    source = detect_format(dataset.column_names)
-    rows = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in source.columns])
+    columns = _check_arguments(dataset, max_length, truncation_mode, comparisons, group_by_prompt, name)
+    source = detect_format(columns)
+    used = [column for column in columns if column in source.columns]
+    rows = dataset.select_columns(used)
+    apply = functools.partial(_apply, num_proc=num_proc, name=name)
     if source is not PREPARED:
-        rows = _tokenize(rows, tokenizer, source, num_proc, name)
+        rows = apply(rows, TokenizeRows(tokenizer, source, name), used, tokenized_features(columns), "Tokenizing")
+        if isinstance(rows, Dataset):
+            _warn_of_lost_prompts(list(rows["lost_prompt"]), name)
+        rows = rows.remove_columns("lost_prompt")
     choice = "all_pairs" if source is PREPARED else comparisons
     if group_by_prompt:
         rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
-    step = TruncateRows(
+    features = group_features(rows.column_names or columns)
+    cut = TruncateRows(
         max_length=max_length,
         truncation_mode=truncation_mode,
         comparisons=choice,
@@ -132,17 +142,93 @@ def prepare_dataset(
         eos_token_id=tokenizer.eos_token_id,
         name=name,
     )
-    features = group_features(rows.column_names)
-    truncated = rows.map(
-        step,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=Features(features | ACCOUNT),
-        num_proc=num_proc,
-        desc=f"Truncating {name} dataset",
-    )
-    summary, kept = _account(truncated, len(dataset))
+    rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")
+    if isinstance(rows, IterableDataset):
+        return rows.filter(_is_usable).remove_columns(list(ACCOUNT)), None
+    return _usable(rows, features, len(dataset), max_length, name)
+
+
+def prepare_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, **options: Any
+) -> tuple[Dataset, DataSummary]:
+    """Do what `prepare` does, to a dataset alone: a stream is refused. The options are those of `prepare`."""
+    if isinstance(dataset, IterableDataset | IterableDatasetDict):
+        raise InputError(
+            f"dataset: the {options.get('name', 'train')} dataset is a stream ({type(dataset).__name__}); take "
+            "dpo_fast.data.prepare.prepare, or load it without streaming=True"
+        )
+    return prepare(dataset, tokenizer, max_length=max_length, **options)
+
+
+def _check_arguments(
+    dataset: Any,
+    max_length: int | None,
+    truncation_mode: str,
+    comparisons: str,
+    group_by_prompt: bool,
+    name: str,
+) -> list[str]:
+    """Refuse arguments that cannot be used; return the names of the dataset's columns."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
+        raise InputError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
+    if truncation_mode not in TRUNCATION_MODES:
+        raise InputError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
+    if comparisons not in COMPARISON_CHOICES:
+        raise InputError(f"comparisons: {comparisons!r} is unknown; use one of {', '.join(COMPARISON_CHOICES)}")
+    if max_length is not None and max_length < 2:
+        raise InputError(
+            f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
+        )
+    if isinstance(dataset, Dataset):
+        columns = dataset.column_names if len(dataset) else []
+    elif group_by_prompt:
+        raise InputError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
+    else:
+        columns = column_names(dataset)
+    if not columns:
+        kind = "dataset" if isinstance(dataset, Dataset) else "stream"
+        raise InputError(f"dataset: the {name} {kind} has no rows; it must have at least one")
+    return columns
+
+
+def _apply(
+    rows: Dataset | IterableDataset,
+    step: TokenizeRows | TruncateRows,
+    replaced: list[str],
+    features: Features,
+    verb: str,
+    *,
+    num_proc: int | None,
+    name: str,
+) -> Dataset | IterableDataset:
+    """Replace the columns `replaced` of all rows by what `step` makes of them."""
+    options = {"batched": True, "with_indices": True, "remove_columns": replaced, "features": features}
+    if isinstance(rows, IterableDataset):
+        return rows.map(step, batch_size=ROWS_AHEAD, **options)
+    return rows.with_format(None).map(step, num_proc=num_proc, desc=f"{verb} {name} dataset", **options)
+
+
+def _warn_of_lost_prompts(ends: list[str], name: str) -> None:
+    """Say so where the end of a prompt is tokenised differently when a completion follows."""
+    lost = [text for text in ends if text]
+    if lost:
+        logger.warning(
+            "%s dataset: in %d of %d rows the end of the prompt (%r in the first) is tokenised differently when a "
+            "completion follows, so it is left out and the completions start there; at inference the model sees it. "
+            "End prompts on a token boundary, or use a chat template that renders a prompt alike in both cases.",
+            name,
+            len(lost),
+            len(ends),
+            lost[0],
+        )
+
+
+def _usable(
+    rows: Dataset, features: Features, given: int, max_length: int | None, name: str
+) -> tuple[Dataset, DataSummary]:
+    """Return the rows that hold a group, and the account of all."""
+    summary, kept = _account(rows, given)
     if not summary.groups:
         raise InputError(
             f"dataset: none of the {summary.rows} rows of the {name} dataset is usable ({_listed(summary.dropped)}); "
@@ -156,56 +242,9 @@ def prepare_dataset(
             summary.truncated,
         )
         features = {field: feature for field, feature in features.items() if field not in REFERENCE_FIELDS}
-    if len(kept) < len(truncated):
-        truncated = truncated.select(kept)
-    return truncated.select_columns(list(features)), summary
-
-
-def _check_arguments(dataset: Any, max_length: int | None, truncation_mode: str, comparisons: str, name: str) -> None:
-    if isinstance(dataset, IterableDataset | IterableDatasetDict):
-        raise InputError(
-            f"dataset: the {name} dataset is a stream ({type(dataset).__name__}); take "
-            "dpo_fast.data.prepare.prepare_stream, or load it without streaming=True"
-        )
-    if not isinstance(dataset, Dataset):
-        splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
-        raise InputError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
-    if len(dataset) == 0:
-        raise InputError(f"dataset: the {name} dataset has no rows; it must have at least one")
-    if truncation_mode not in TRUNCATION_MODES:
-        raise InputError(f"truncation_mode: {truncation_mode!r} is unknown; use one of {', '.join(TRUNCATION_MODES)}")
-    if comparisons not in COMPARISON_CHOICES:
-        raise InputError(f"comparisons: {comparisons!r} is unknown; use one of {', '.join(COMPARISON_CHOICES)}")
-    if max_length is not None and max_length < 2:
-        raise InputError(
-            f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
-        )
-
-
-def _tokenize(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, source: Format, num_proc: int | None, name: str
-) -> Dataset:
-    tokenized = rows.map(
-        TokenizeRows(tokenizer, source, name),
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=tokenized_features(rows.column_names),
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-    )
-    lost = [text for text in tokenized["lost_prompt"] if text]
-    if lost:
-        logger.warning(
-            "%s dataset: in %d of %d rows the end of the prompt (%r in the first) is tokenised differently when a "
-            "completion follows, so it is left out and the completions start there; at inference the model sees it. "
-            "End prompts on a token boundary, or use a chat template that renders a prompt alike in both cases.",
-            name,
-            len(lost),
-            len(rows),
-            lost[0],
-        )
-    return tokenized.remove_columns("lost_prompt")
+    if len(kept) < len(rows):
+        rows = rows.select(kept)
+    return rows.select_columns(list(features)), summary
 
 
 def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
@@ -239,53 +278,6 @@ def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
 
 def _listed(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
-
-
-def prepare_stream(
-    dataset: IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    truncation_mode: str = "keep_start",
-    comparisons: ComparisonChoice = "all_pairs",
-    vocab_size: int | None = None,
-    name: str = "train",
-) -> IterableDataset:
-    """Do to a stream what `prepare_dataset` does to a dataset, row by row; the arguments are the same.
-
-    Rows are tokenised and cut as training asks for them, so a stream has no account of what was dropped, and what
-    depends on all rows at once is refused.
-
-    Raises:
-        ValueError: the columns make no known format. While the stream is read, also a row that is not as described, or
-            one that was cut although it brings reference log-probs.
-    """
-    columns = column_names(dataset)
-    if not columns:
-        raise InputError(f"dataset: the {name} stream has no rows; it must have at least one")
-    source = detect_format(columns)
-    rows = dataset.select_columns([column for column in columns if column in source.columns])
-    if source is not PREPARED:
-        rows = rows.map(
-            TokenizeRows(tokenizer, source, name),
-            batched=True,
-            batch_size=ROWS_AHEAD,
-            with_indices=True,
-            remove_columns=[column for column in columns if column in source.columns],
-            features=tokenized_features(columns),
-        )
-        rows = rows.remove_columns("lost_prompt")
-    step = TruncateRows(
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-        comparisons="all_pairs" if source is PREPARED else comparisons,
-        vocab_size=vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        name=name,
-    )
-    features = group_features(rows.column_names or columns)
-    rows = rows.map(step, batched=True, batch_size=ROWS_AHEAD, with_indices=True, features=Features(features | ACCOUNT))
-    return rows.filter(_is_usable).remove_columns(list(ACCOUNT))
 
 
 def _is_usable(row: dict[str, Any]) -> bool:

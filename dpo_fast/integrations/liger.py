@@ -51,7 +51,7 @@ class FusedLinearDPOLoss(nn.Module):
         average_log_prob: whether ℓ is a mean over scored positions, of the policy and the reference.
         chunk_size: how Liger computes; without effect.
         loss_type: a name of `LOSSES` that does not couple the pairs of a step, or a function like those.
-        label_smoothing: ε, the probability that a label is flipped, for the losses in `SMOOTHED`.
+        label_smoothing: ε, the probability that a label is flipped, for the losses that it means something to.
         discopop_tau: τ of "discopop".
         parameters: other fields of `LossParameters`.
 

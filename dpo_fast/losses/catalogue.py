@@ -224,8 +224,8 @@ def dpo_loss(
         beta: strength of the pull to the reference.
         loss_type: a name of `LOSSES`, or a function like those.
         label_smoothing: probability that a label is flipped.
-        chosen_lengths, rejected_lengths: completion tokens, for the losses in `WITH_LENGTHS`.
-        offsets: margins that pairs should have, for the losses in `WITH_OFFSETS`.
+        chosen_lengths, rejected_lengths: completion tokens, for the losses that count tokens.
+        offsets: margins that pairs should have, for the losses that use offsets.
         parameters: other fields of `LossParameters`.
 
     Returns:

@@ -1,79 +1,179 @@
-"""A dataset or a stream in any accepted format → preference groups, as a configuration asks for them.
+"""The datasets of a run: rows become preference groups, as a configuration asks for them, and get reference log-probs.
 
-Also refuses what the data bring and the loss cannot use.
+rows → `data.prepare` → groups → what the loss cannot use is refused → `reference` → groups with `ref_logps`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.data.prepare import DataSummary, prepare_dataset, prepare_stream
+from dpo_fast.data.columns import column_names
+from dpo_fast.data.prepare import DataSummary, prepare
 from dpo_fast.errors import InputError
 from dpo_fast.losses import SORTED, WITH_OFFSETS, uses
+from dpo_fast.reference.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
 
 
 def prepare_preferences(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     tokenizer: PreTrainedTokenizerBase,
     config: DPOConfig,
     *,
     vocab_size: int | None,
     name: str,
-) -> tuple[Dataset | IterableDataset, DataSummary | None]:
-    """Returns the groups, and what became of the rows: None for a stream, whose rows are not known yet.
+) -> tuple[AnyDataset, DataSummary | None]:
+    """Return the groups of a dataset or a stream, and what became of the rows: None for a stream.
 
     Raises:
-        ValueError: rows or options that cannot be used; the message names them.
+        InputError: rows or options that cannot be used; the message names them.
     """
-    options = {
-        "max_length": config.max_length,
-        "truncation_mode": config.truncation_mode,
-        "comparisons": config.comparisons,
-        "vocab_size": vocab_size,
-        "name": name,
-    }
-    if isinstance(dataset, IterableDataset):
-        if config.group_by_prompt:
-            raise InputError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
-        groups = prepare_stream(dataset, tokenizer, **options)
-        _check_offsets(config.loss_mix, "comparison_offsets" in groups.column_names, name)
-        return groups, None
-    dataset, summary = prepare_dataset(
-        dataset, tokenizer, group_by_prompt=config.group_by_prompt, num_proc=config.dataset_num_proc, **options
+    groups, summary = prepare(
+        dataset,
+        tokenizer,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        comparisons=config.comparisons,
+        group_by_prompt=config.group_by_prompt,
+        vocab_size=vocab_size,
+        num_proc=config.dataset_num_proc,
+        name=name,
     )
-    _check_offsets(config.loss_mix, "comparison_offsets" in dataset.column_names, name)
-    _check_weights(config.loss_mix, dataset, name)
-    return dataset, summary
+    _check_use(groups, list(config.loss_mix), name)
+    return groups, summary
 
 
-def _check_offsets(losses: Collection[str], given: bool, name: str) -> None:
-    """Refuse offsets that no loss uses."""
-    if given and not any(uses(loss, "offsets") for loss in losses):
+def _check_use(groups: AnyDataset, losses: list[str], name: str) -> None:
+    """Refuse offsets that no loss uses, and weights that sorting losses cannot tell apart."""
+    if "comparison_offsets" in groups.column_names and not any(uses(loss, "offsets") for loss in losses):
         raise InputError(
-            f"offset: the {name} dataset has offsets, which mean nothing to loss_type={list(losses)}; drop the "
-            f"column, or choose from {list(WITH_OFFSETS)}"
+            f"offset: the {name} dataset has offsets, which mean nothing to loss_type={losses}; drop the column, or "
+            f"choose from {list(WITH_OFFSETS)}"
         )
-
-
-def _check_weights(losses: Collection[str], dataset: Dataset, name: str) -> None:
-    """Refuses weights that sorting losses cannot tell apart."""
-    if set(losses) & set(SORTED):
-        weights = {weight for row in dataset["comparison_weights"] for weight in row}
+    if isinstance(groups, Dataset) and any(uses(loss, "sorting") for loss in losses):
+        weights = {weight for row in groups["comparison_weights"] for weight in row}
         if len(weights) > 1:
             raise InputError(
                 f"weight: the {name} dataset has comparisons of weights {sorted(weights)[:3]}…, and {list(SORTED)} "
                 "sort both sides apart, so that none belongs to a comparison any more; weigh all alike, or leave "
-                f"these losses out of loss_type={list(losses)}"
+                f"these losses out of loss_type={losses}"
             )
 
 
-def map_datasets(datasets: Any, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]):
-    """Applies `function` to a dataset and its name, or to every one of a dict; None stays None."""
+def map_datasets(datasets: Any, function: Callable[[AnyDataset, str], AnyDataset]):
+    """Apply `function` to a dataset and its name, or to every one of a dict; None stays None."""
     if isinstance(datasets, dict):
         return {name: function(dataset, name) for name, dataset in datasets.items()}
     return None if datasets is None else function(datasets, "eval")
+
+
+class PreferenceDatasets:
+    """What a trainer does with its datasets before it trains on them.
+
+    Args:
+        config: the options of the run.
+        tokenizer: the model's.
+        vocab_size: vocabulary size of the model; an attribute too.
+        new_adapter: whether the reference is the model without its adapter, and so there at any time.
+        own_reference: whether the reference is a model of its own, which is released after its pass.
+
+    Attributes:
+        summaries: what became of the rows, by name of the dataset.
+        has_streams: whether a dataset is a stream, whose references are computed as its rows come.
+        reference: what gives reference log-probs; None where the loss looks at none.
+    """
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        *,
+        new_adapter: bool,
+        own_reference: bool,
+    ):
+        self.summaries: dict[str, DataSummary] = {}
+        self.has_streams = False
+        self.reference: Reference | None = None
+        self.vocab_size = vocab_size
+        self._config, self._tokenizer = config, tokenizer
+        self._new_adapter, self._own_reference = new_adapter, own_reference
+
+    def tokenized(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Return the groups of a dataset of the constructor, prepared on one process of each machine first."""
+        self.has_streams |= isinstance(dataset, IterableDataset)
+        return self._tokenized(dataset, name)
+
+    def _tokenized(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        with self._config.main_process_first(local=True, desc=f"tokenizing {name}"):
+            groups, summary = prepare_preferences(
+                dataset, self._tokenizer, self._config, vocab_size=self.vocab_size, name=name
+            )
+        if summary is not None:
+            self.summaries[name] = summary
+            logger.info("%s: %s", name, summary)
+        return groups
+
+    def lacks_reference(self, dataset: AnyDataset) -> bool:
+        """Return whether the loss looks at reference log-probs that `dataset` does not have."""
+        return self.reference is not None and self.reference.column not in column_names(dataset)
+
+    def with_reference(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Add reference log-probs, from the store where it has them; of a stream, see to it that they can come."""
+        if not self.lacks_reference(dataset):
+            return dataset
+        if "ref_logps" in column_names(dataset):
+            raise InputError(
+                f"ref_chosen_logps: the {name} dataset has sums of reference log-probs, and ld_alpha="
+                f"{self._config.ld_alpha} needs those of every token; drop ref_chosen_logps and ref_rejected_logps, "
+                "and they are computed"
+            )
+        if isinstance(dataset, IterableDataset):
+            self.reference.expect_rows(self._config.dataloader_num_workers)
+            return dataset
+        return self.reference.with_logps(dataset, name)
+
+    def settle_reference(self) -> None:
+        """Before training: keep a copy of the policy for rows that are still to come, or release a model of its own."""
+        if self.reference is None:
+            return
+        if self.has_streams and not self._new_adapter and not self._own_reference:
+            self.reference.keep()
+        elif self._own_reference and not self.has_streams:
+            self.reference.release()
+
+    def held_out(self, dataset: AnyDataset, name: str, trained: bool) -> AnyDataset:
+        """Prepare a dataset that comes after the constructor; `trained` is whether a step has been taken.
+
+        Raises:
+            InputError: the store lacks reference log-probs of it, and the reference is not kept.
+        """
+        if self.reference is not None and not self.lacks_reference(dataset):
+            return dataset
+        dataset = self._tokenized(dataset, name)
+        gone = self._own_reference or (trained and not self._new_adapter)
+        if not gone or self.has_streams or not self.lacks_reference(dataset):
+            return self.with_reference(dataset, name)
+        try:
+            return self.reference.with_stored_logps(dataset)
+        except ValueError as error:
+            reference = "ref_model" if self._own_reference else "the policy before training"
+            raise InputError(
+                f"eval_dataset {name!r} needs reference log-probs that the reference store lacks ({error}), and the "
+                f"reference ({reference}) is not kept; give the dataset to DPOTrainer(eval_dataset=…) instead, or fill "
+                "the store with `dpo-fast cache`"
+            ) from error
+
+    def save_references(self) -> None:
+        """Write what the store has in memory alone: the last rows of a stream."""
+        if self.reference is not None and self.has_streams:
+            self.reference.store.close()

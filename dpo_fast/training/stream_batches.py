@@ -25,7 +25,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
     Every rank reads all rows and deals them, so that all agree without a word; the reference runs on a rank's own.
 
     Args:
-        groups: as `prepare_stream` returns them.
+        groups: stream of preference groups, as `prepare` returns it.
         batch_size: of all ranks together.
         cost: of a group, from the tokens of its prompt and of its completions.
         accelerator: says which rank this is.

@@ -477,7 +477,7 @@ def test_the_row_that_a_template_refuses_is_named():
 
 def test_only_one_map_style_split_is_accepted():
     dataset = Dataset.from_list([PAIR])
-    with pytest.raises(ValueError, match="is a stream .*prepare_stream"):
+    with pytest.raises(ValueError, match="is a stream .*prepare"):
         prepare_dataset(dataset.to_iterable_dataset(), TOKENIZER, max_length=None)
     with pytest.raises(ValueError, match="got DatasetDict with the splits train, test; choose one"):
         prepare_dataset(DatasetDict(train=dataset, test=dataset), TOKENIZER, max_length=None)

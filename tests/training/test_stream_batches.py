@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 
-from dpo_fast.data.prepare import prepare_dataset, prepare_stream
+from dpo_fast.data.prepare import prepare, prepare_dataset
 from dpo_fast.trainer import DPOTrainer
 from dpo_fast.training.stream_batches import StreamBatches
 from families import tiny_tokenizer
@@ -31,9 +31,9 @@ def as_stream(dataset: Dataset) -> IterableDataset:
 def test_a_stream_yields_the_groups_of_the_dataset(dataset):
     options = {"max_length": 7, "comparisons": "best_vs_rest", "vocab_size": 97}
     expected, _ = prepare_dataset(dataset, tiny_tokenizer(), **options)
-    prepared = prepare_stream(as_stream(dataset), tiny_tokenizer(), **options)
+    prepared = prepare(as_stream(dataset), tiny_tokenizer(), **options)[0]
     assert json.dumps(list(prepared)) == json.dumps(expected.to_list())
-    again = prepare_stream(as_stream(expected), tiny_tokenizer(), **options)
+    again = prepare(as_stream(expected), tiny_tokenizer(), **options)[0]
     assert json.dumps(list(again)) == json.dumps(expected.to_list()), "prepared groups pass through"
 
 
@@ -47,7 +47,7 @@ def test_only_the_names_of_columns_are_read_ahead_and_once(tmp_path):
 
     make_trainer(tmp_path, IterableDataset.from_generator(generate), max_steps=2)
     assert len(begun) == 1
-    assert prepare_stream(as_stream(ranked(6)), tiny_tokenizer(), max_length=9).column_names
+    assert prepare(as_stream(ranked(6)), tiny_tokenizer(), max_length=9)[0].column_names
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_what_a_stream_has_computed_is_in_the_store_for_the_next(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_batch_is_that_of_one_process_and_each_row_goes_to_one_rank(ranks):
     """17 rows in batches of 8: the last is a single row, and two ranks of three get nothing of it."""
-    groups = prepare_stream(as_stream(pairs(17)), tiny_tokenizer(), max_length=64)
+    groups = prepare(as_stream(pairs(17)), tiny_tokenizer(), max_length=64)[0]
 
     def cost(prompt: int, completions: list[int]) -> int:
         return prompt + sum(completions)
@@ -130,7 +130,7 @@ class Calls:
 
 
 def test_the_reference_runs_on_about_64_own_rows_at_a_time():
-    groups = prepare_stream(as_stream(pairs(150)), tiny_tokenizer(), max_length=64)
+    groups = prepare(as_stream(pairs(150)), tiny_tokenizer(), max_length=64)[0]
     reference, rank = Calls(), SimpleNamespace(process_index=1, num_processes=2)
     batches = list(StreamBatches(groups, 6, lambda prompt, completions: 1, rank, reference))
     assert reference.rows == [63, 12] and [len(batch) for batch in batches] == [3] * 25
@@ -183,8 +183,8 @@ def test_what_depends_on_all_rows_is_refused(tmp_path):
 
 def test_reference_log_probs_of_a_row_that_was_cut_are_refused():
     rows = [{**row, "ref_chosen_logps": -3.0, "ref_rejected_logps": -1.0} for row in ROWS]
-    short = prepare_stream(as_stream(Dataset.from_list(rows[:2])), tiny_tokenizer(), max_length=7)
+    short = prepare(as_stream(Dataset.from_list(rows[:2])), tiny_tokenizer(), max_length=7)[0]
     assert [row["ref_logps"] for row in short] == [[-3.0, -1.0]]
-    cut = prepare_stream(as_stream(Dataset.from_list(rows)), tiny_tokenizer(), max_length=7)
+    cut = prepare(as_stream(Dataset.from_list(rows)), tiny_tokenizer(), max_length=7)[0]
     with pytest.raises(ValueError, match="a row of the stream was cut to max_length"):
         list(cut)

@@ -128,12 +128,16 @@ def _rows(options: argparse.Namespace):
 def _dpo_fast(options: argparse.Namespace, folder: str):
     from dpo_fast.config import DPOConfig
     from dpo_fast.trainer import DPOTrainer
+    from dpo_fast.training.datasets import PreferenceDatasets
+
+    class WithoutPass(PreferenceDatasets):
+        """Leave the reference pass to the clock."""
+
+        def with_reference(self, dataset, name):
+            return dataset
 
     class Waiting(DPOTrainer):
-        """Leaves the reference pass to the clock."""
-
-        def _with_reference(self, dataset, name):
-            return dataset
+        _datasets_class = WithoutPass
 
     args = DPOConfig(**_arguments(options, folder, "dpo_fast"), reference_cache_dir=str(Path(folder, "reference")))
     trainer = Waiting(options.model, args=args, train_dataset=_rows(options))
