@@ -263,7 +263,9 @@ class DPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         super().__post_init__()
-        self.accelerator_config.non_blocking = True  # a batch is in pinned memory, and the host need not wait for it
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory  # else a copy holds the host up anyway
         self._check_parallelism()
         coupled = set(self.loss_mix) & set(COUPLED)  # whose packs cost another forward pass when there are several
         if self.max_tokens_per_micro_batch is None and self.device.type == "cpu" and not coupled:

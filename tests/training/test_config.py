@@ -139,8 +139,15 @@ def test_another_forward_of_the_whole_model_is_refused(tmp_path):
         make(tmp_path, use_liger_kernel=True)
 
 
-def test_batches_are_copied_while_the_host_goes_on(tmp_path):
-    assert make(tmp_path).accelerator_config.non_blocking
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [("cuda", {}, True), ("cuda", {"dataloader_pin_memory": False}, False), ("cpu", {}, False)],
+)
+def test_batches_are_pinned_and_copied_while_the_host_goes_on(monkeypatch, tmp_path, device, options, expected):
+    find = TrainingArguments.device.fget  # it also finds the other processes
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda config: find(config) and torch.device(device)))
+    config = make(tmp_path, **options)
+    assert config.dataloader_pin_memory is config.accelerator_config.non_blocking is expected
 
 
 def test_bf16_asks_for_support_in_hardware(monkeypatch):
