@@ -61,7 +61,7 @@ def num_tokens(prompt: int, completions: Sequence[int], layout: Layout = "shared
     return prompt + sum(completions) if layout == "shared" else (prompt + max(completions)) * len(completions)
 
 
-def usual_token_positions(groups: Sequence[PreferenceGroup]) -> int:
-    """Token positions that a batch would take without packing: two rows a comparison, padded to the longest row."""
+def padded_token_count(groups: Sequence[PreferenceGroup]) -> int:
+    """Return the positions of a batch without packing: two rows per comparison, padded to the longest row."""
     rows = 2 * sum(len(group.comparisons) for group in groups)
     return rows * max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)

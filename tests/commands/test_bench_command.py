@@ -20,7 +20,7 @@ from dpo_fast import cli
 from dpo_fast.commands.arguments import parse_train_arguments
 from dpo_fast.commands.bench import command, peers, turns, worker
 from dpo_fast.commands.bench.figures import settings_figures
-from dpo_fast.commands.bench.positions import count_positions, outlines
+from dpo_fast.commands.bench.positions import count_positions, lengths_only
 from dpo_fast.commands.bench.settings import Setting, Trial, fastest, try_settings
 from dpo_fast.commands.bench.turns import Side, SideError, check_losses, compare, loss_tolerance
 from dpo_fast.commands.bench.worker import Failure, Job, Report
@@ -158,7 +158,7 @@ def test_a_process_trains_and_goes_on_after_a_job_that_fails(folder):
         seconds = [side.step(), side.step()]
         found = side.finish()
     assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6) and found.losses[1] != found.losses[0]
-    assert found.positions == [sum(group.num_tokens() for group in outlines(rows)[4:])]
+    assert found.positions == [sum(group.num_tokens() for group in lengths_only(rows)[4:])]
     assert found.seconds == seconds[1:] and found.layout == "shared" and found.peak_memory > 2**27
     with pytest.raises(OSError):
         side.step()
@@ -207,7 +207,7 @@ def test_of_equal_speed_the_smaller_memory_is_taken():
 
 def test_expected_speed_up_is_the_measured_one_times_the_gain(tmp_path):
     rows = prepared([{**GROUPS[0], "comparison_weights": [1.0]}] * 3)
-    epoch = count_positions(rows, outlines(rows), [[0, 1, 2]])
+    epoch = count_positions(rows, lengths_only(rows), [[0, 1, 2]])
     better = replace(OWN, gradient_checkpointing=False)
     trials = [Trial(OWN, report(seconds=[3.0])), Trial(better, report(seconds=[1.5]))]
     config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])

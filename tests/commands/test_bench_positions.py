@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, outlines
+from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, lengths_only
 from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_tokenizer
 from preferences import make_trainer, pairs
@@ -57,7 +57,7 @@ def by_brute_force(rows: list[dict], batches: list[list[int]]) -> dict[str, int]
 @pytest.mark.parametrize("batches", [[[0, 1], [2, 3], [4]], [[4, 2, 0, 1, 3]], [[3], [2], [1], [0], [4]]])
 def test_positions_are_those_of_the_rows_themselves(batches):
     rows = prepared([{**row, "comparison_weights": [1.0] * len(row["comparisons"])} for row in GROUPS])
-    counted = count_positions(rows, outlines(rows), batches)
+    counted = count_positions(rows, lengths_only(rows), batches)
     expected = by_brute_force(rows.to_list(), batches)
     assert {name: getattr(counted, name) for name in expected} == expected
     assert (counted.groups, counted.completions, counted.comparisons) == (5, 12, 7)
@@ -69,15 +69,15 @@ def test_merging_prompts_is_foretold():
     rows = [{"prompt": "w5 w6 w7", "chosen": f" w{9 + i % 3}", "rejected": " w20 w21"} for i in range(4)]
     rows += [{"prompt": "w5 w6", "chosen": " w9", "rejected": " w20 w21"}]
     apart, merged = prepared(rows), prepared(rows, group_by_prompt=True)
-    shared = count_positions(apart, outlines(apart), [[0, 1, 2, 3, 4]]).shared_prompts
+    shared = count_positions(apart, lengths_only(apart), [[0, 1, 2, 3, 4]]).shared_prompts
     assert (shared.groups, shared.merged_groups) == (4, len(merged)) == (4, 2)
-    assert shared.merged_positions == sum(group.num_tokens() for group in outlines(merged))
+    assert shared.merged_positions == sum(group.num_tokens() for group in lengths_only(merged))
 
 
 def test_completions_that_lost_different_parts_of_their_prompt_share_none():
     row = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6], "rejected_ids": [7, 8, 9]}
     cut, _ = prepare_dataset(Dataset.from_list([row] * 2), tiny_tokenizer(), max_length=5, truncation_mode="keep_end")
-    counted = count_positions(cut, outlines(cut), [[0, 1]])
+    counted = count_positions(cut, lengths_only(cut), [[0, 1]])
     assert counted.usual == counted.packed == 20 and counted.shared_prompts.groups == 0
     assert counted.prompts.longest == 3 and counted.completion_lengths.longest == 3
 

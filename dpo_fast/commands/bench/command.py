@@ -26,7 +26,7 @@ from dpo_fast.commands.arguments import TrainArguments
 from dpo_fast.commands.bench import report
 from dpo_fast.commands.bench.figures import OURS, measured_figures, settings_figures
 from dpo_fast.commands.bench.peers import trl_obstacle
-from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, outlines
+from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, lengths_only
 from dpo_fast.commands.bench.settings import Setting, try_settings
 from dpo_fast.commands.bench.turns import (
     Comparison,
@@ -116,7 +116,7 @@ def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainAr
     console, config = Console(), arguments.config
     rows, summary = prepare_preferences(dataset, _tokenizer(arguments), config, vocab_size=None, name="train")
     rows = rows.select_columns([name for name in rows.column_names if name not in REFERENCE_FIELDS])
-    groups, batches = outlines(rows), epoch_batches(len(rows), config)
+    groups, batches = lengths_only(rows), epoch_batches(len(rows), config)
     epoch = count_positions(rows, groups, batches)
     report.print_data(console, summary, epoch, config)
 

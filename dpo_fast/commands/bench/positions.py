@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 
-from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
+from dpo_fast.batches.groups import PreferenceGroup, padded_token_count
 from dpo_fast.config import DPOConfig
 
 
@@ -72,8 +72,8 @@ class Positions:
         return values | {name: values[name]._asdict() for name in ("prompts", "completion_lengths")}
 
 
-def outlines(dataset: Dataset) -> list[PreferenceGroup]:
-    """The groups of a prepared dataset with ranges in place of token ids: all that counting needs, in little memory."""
+def lengths_only(dataset: Dataset) -> list[PreferenceGroup]:
+    """Return the groups of a prepared dataset with ranges in place of token ids: all that counting needs."""
     return [
         PreferenceGroup(
             range(len(prompt)), [range(len(ids)) for ids in completions], comparisons, context_lengths=contexts
@@ -87,13 +87,13 @@ def count_positions(dataset: Dataset, groups: Sequence[PreferenceGroup], batches
 
     Args:
         dataset: prepared groups.
-        groups: their `outlines`.
+        groups: the same groups, from `lengths_only`.
         batches: which groups a usual trainer pads together; together one epoch.
     """
     packed = prompts = completions = rows = usual = 0
     for batch in batches:
         members = [groups[index] for index in batch]
-        usual += usual_token_positions(members)
+        usual += padded_token_count(members)
         for group in members:
             prompt = len(group.prompt_ids)
             lengths = [len(ids) for ids in group.completion_ids]

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dpo_fast.batches.groups import PreferenceGroup, usual_token_positions
+from dpo_fast.batches.groups import PreferenceGroup, padded_token_count
 from dpo_fast.commands.demo.model import demo_model
 from dpo_fast.commands.demo.report import DemoResult, draw_picture, print_report
 from dpo_fast.commands.demo.samples import draw_samples, sequence_kl
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
             len(row) for data in (trainer.train_dataset, trainer.eval_dataset) for row in data["ref_logps"]
         ),
         run_tokens=sum(group.num_tokens() for group in groups),
-        usual_tokens=sum(usual_token_positions(batch) for batch in batches),
+        usual_tokens=sum(padded_token_count(batch) for batch in batches),
         log=trainer.state.log_history,
     )
     draw_picture(result, output / "demo.png")
