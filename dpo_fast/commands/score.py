@@ -68,7 +68,7 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
 
 def _load(name: str, arguments: TrainArguments) -> Any:
     """A whole model, or an adapter on the model that it was trained on; both are loaded as `train` loads its model."""
-    from dpo_fast.model.loading import load_model
+    from dpo_fast.model.loading import load_model, quiet_peft
 
     quantization = arguments.model.quantization_config()
     if not Path(name, "adapter_config.json").is_file():
@@ -76,7 +76,8 @@ def _load(name: str, arguments: TrainArguments) -> Any:
     from peft import PeftConfig, PeftModel
 
     base = load_model(PeftConfig.from_pretrained(name).base_model_name_or_path, arguments.config, quantization)
-    return PeftModel.from_pretrained(base, name)
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, name)
 
 
 def _write(rows: Any, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,18 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
                 "peft_config is given, but model already has an adapter: leave peft_config out to train that one, or "
                 "merge it first (model.merge_and_unload())"
             )
-        model = get_peft_model(model, peft_config)
+        with quiet_peft():
+            model = get_peft_model(model, peft_config)
     let_recompute(model, args)
     return model
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep a warning of transformers about a name that peft uses, up to 0.21, from users, who cannot change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def let_recompute(model: nn.Module, args: DPOConfig) -> None:
