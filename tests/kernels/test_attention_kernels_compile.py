@@ -15,12 +15,11 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton, which this
 from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
 from dpo_fast_kernels.attention import triton_configs as configs
 
-MODULE = "dpo_fast_kernels.attention.triton_fwd"
-# Kernel → module, tables without and with a softcap, what has the inputs' dtype, and whose strides it takes.
+# Kernel → tables without and with a softcap, what has the inputs' dtype, and whose strides it takes.
 KERNELS = {
-    "fwd": (MODULE, (configs.FWD, configs.FWD), "q k v out", "qkvo"),
-    "dq": (f"{MODULE}_dq", (configs.DQ, configs.DQ), "q k v out dout dq", "qkvod"),
-    "dkv": (f"{MODULE}_bwd", (configs.DKV, configs.DKV_SOFTCAP), "q k v dout dk dv", "qkvd"),
+    "fwd": ((configs.FWD, configs.FWD), "q k v out", "qkvo"),
+    "dq": ((configs.DQ, configs.DQ), "q k v out dout dq", "qkvod"),
+    "dkv": ((configs.DKV, configs.DKV_SOFTCAP), "q k v dout dk dv", "qkvd"),
 }
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_DIMS = (64, 128, 256)
@@ -30,7 +29,7 @@ SMALL_CHIP = 101376  # bytes of shared memory a program has on sm_86, sm_89 and 
 
 def case(kernel: str, dtype: str, head_dim: int, window: bool, softcap: bool, capability: int) -> Case:
     """One configuration; with both options the head does not fill its block."""
-    module, tables, names, strides = KERNELS[kernel]
+    tables, names, strides = KERNELS[kernel]
     config = dict(tables[softcap][head_dim, ITEMSIZE[dtype]][capability // 10])
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     types = {f"{name}_ptr": f"*{dtype}" for name in names.split()}
@@ -45,7 +44,8 @@ def case(kernel: str, dtype: str, head_dim: int, window: bool, softcap: bool, ca
         "BLOCK_D": head_dim,
         **config,
     }
-    return Case(module, f"_prefix_attention_{kernel}_kernel", types, constants, options)
+    module, function = f"dpo_fast_kernels.attention.triton_{kernel}", f"_prefix_attention_{kernel}_kernel"
+    return Case(module, function, types, constants, options)
 
 
 def assert_all(cases: list[Case], capability: int, tensor_cores: bool) -> None:
@@ -67,7 +67,7 @@ def test_common_configurations_compile_within_limits(capability, head_dims):
 
 
 def test_every_row_of_a_table_is_compiled():
-    for _, tables, *_ in KERNELS.values():
+    for tables, *_ in KERNELS.values():
         for table in tables:
             assert set(table) == set(itertools.product(HEAD_DIMS, set(ITEMSIZE.values())))
             for rows in table.values():
