@@ -6,7 +6,7 @@ within a batch, as TRL logs it; a batch that was split into packs counts once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.losses import Comparisons
 from dpo_fast.model.forward import PackedOutput
+
+Gather = Callable[[Tensor], Tensor]
 
 NAMES = (
     *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins", "best_of_k", "kendall_tau")),
@@ -105,16 +107,30 @@ class MetricAccumulator:
         self._closed.append(torch.stack([value.float() for part in parts for value in part]))
         self._batch = {}
 
-    def reduce(self, gather=lambda values: values[None]) -> dict[str, float]:
-        """Means since the last call, in one transfer to the host; `gather` stacks what ranks have, [ranks, …]."""
+    def reduce(self, gather: Gather = lambda values: values[None]) -> dict[str, float]:
+        """Return the means over batches since the last call, in one transfer to the host.
+
+        Args:
+            gather: stacks the values of all ranks, [ranks, …]; all ranks call it together.
+        """
+        values, known = self._resolve(gather)
+        means = values.sum(dim=0) / known.sum(dim=0)
+        return {name: mean for name, mean, has in zip(NAMES, means.tolist(), known.any(dim=0), strict=True) if has}
+
+    def batches(self, gather: Gather = lambda values: values[None]) -> list[dict[str, float]]:
+        """Return the values of each batch since the last call, likewise."""
+        values, known = self._resolve(gather)
+        rows = zip(values.tolist(), known.tolist(), strict=True)
+        return [{name: value for name, value, has in zip(NAMES, row, given, strict=True) if has} for row, given in rows]
+
+    def _resolve(self, gather: Gather) -> tuple[Tensor, Tensor]:
+        """Return the values, fp32 [batches, names], and which of them there are; both are on the host."""
         if not self._closed:
-            return {}
-        sums = gather(torch.stack(self._closed)).sum(dim=0).unflatten(1, (-1, 2))  # [batches, names, 2]
+            return torch.zeros(0, len(NAMES)), torch.zeros(0, len(NAMES), dtype=torch.bool)
+        sums = gather(torch.stack(self._closed)).sum(dim=0).unflatten(1, (-1, 2)).cpu()  # [batches, names, 2]
         self._closed = []
         known = sums[..., 1] > 0
-        means = torch.where(known, sums[..., 0] / sums[..., 1], 0.0).sum(dim=0) / known.sum(dim=0)
-        values = torch.stack([means, known.any(dim=0)], dim=1).tolist()
-        return {name: value for name, (value, has_any) in zip(NAMES, values, strict=True) if has_any}
+        return torch.where(known, sums[..., 0] / sums[..., 1], 0.0), known
 
 
 def group_metrics(

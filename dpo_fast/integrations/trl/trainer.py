@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
@@ -23,14 +24,13 @@ from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.integrations.trl.batches import PACKED, CannotPackError, Packing, PackingCollator
 from dpo_fast.integrations.trl.forward import answer_padded_rows
-from dpo_fast.integrations.trl.metrics import PendingMetrics
 from dpo_fast.integrations.trl.objective import objective_of
 from dpo_fast.integrations.trl.reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import disable_dropout
-from dpo_fast.training.metrics import batch_metrics
+from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
@@ -136,13 +136,14 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     @functools.wraps(STOCK["__init__"])
     def __init__(self, *args: Any, **kwargs: Any):
-        self._pending_metrics = PendingMetrics()
         self._own_path_said: set[str] = set()
         self._sequence_loss: SequenceLoss | None = None
         with _packed_forward(self):
             STOCK["__init__"](self, *args, **kwargs)
         if self._packing is None:
             return
+        self._pending_metrics = {mode: MetricAccumulator(self.args.device) for mode in ("train", "eval")}
+        self._pending_tokens: list[Tensor] = []
         if self.args.device.type == "cpu":
             keep_freed_memory()
         # Batches that a main process shares out are cut and joined tensor by tensor, which a packed one is not; and a
@@ -185,9 +186,10 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if output.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
         compared = objective.compare(output.logps.detach(), *loss_inputs)
-        self._pending_metrics.add(mode, batch_metrics(output, packed, compared, self.beta))
+        self._pending_metrics[mode].add(batch_metrics(output, packed, compared, self.beta))
+        self._pending_metrics[mode].end_batch()
         if mode == "train":
-            self._pending_metrics.add_tokens(inputs["attention_mask"].sum())
+            self._pending_tokens.append(inputs["attention_mask"].sum())
         return loss
 
     @functools.wraps(STOCK["log"])
@@ -195,11 +197,14 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if self._packing is None:
             STOCK["log"](self, logs, start_time)
             return
-        self._total_train_tokens += self._pending_metrics.resolve_tokens(self.accelerator)
+        if self._pending_tokens:
+            tokens = self.accelerator.reduce(torch.stack(self._pending_tokens).sum(), "sum")
+            self._total_train_tokens += int(tokens)
+            self._pending_tokens.clear()
         mode = "train" if self.model.training else "eval"
-        found = self._pending_metrics.resolve(mode, self.accelerator)
-        for name, value in found:
+        batches = self._pending_metrics[mode].batches(lambda values: self.accelerator.gather(values[None]))
+        for name, value in (item for batch in batches for item in batch.items()):
             self._metrics[mode][name].append(value)
-        if found or "num_tokens" in self._metrics[mode]:  # batches on TRL's own path read it before
+        if batches or "num_tokens" in self._metrics[mode]:  # batches on TRL's own path read it before
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         STOCK["log"](self, logs, start_time)
