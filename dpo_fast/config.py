@@ -27,7 +27,7 @@ _CPU_TOKENS = 2048  # of a pack: more are hardly faster, and take twice the memo
 class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`; the fields of `transformers.TrainingArguments` are all here too.
 
-    Every own field explains itself in its `help`, which `dpo-fast train --help` prints. Units: `max_length` and
+    Every own field explains itself in its `help`, which `dpo-fast train --help_all` prints. Units: `max_length` and
     `max_tokens_per_micro_batch` are tokens; `per_device_train_batch_size` counts preference groups, a pair being one.
 
     Raises:

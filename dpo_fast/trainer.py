@@ -63,7 +63,7 @@ from dpo_fast.training.datasets import PreferenceDatasets, map_datasets
 from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
-from dpo_fast.training.rank_sharding import level, rows_in_order, share_among_ranks, with_positions
+from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
 from dpo_fast.training.running_margin import RunningMargin
 from dpo_fast.training.stream_batches import StreamBatches
 from dpo_fast_kernels import SequenceLoss
@@ -171,7 +171,7 @@ class DPOTrainer(Trainer):
                 self.layout,
                 args.max_tokens_per_micro_batch,
                 processing_class.pad_token_id,
-                cut=args.splits_completions,
+                split_for_ld_dpo=args.splits_completions,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -196,7 +196,7 @@ class DPOTrainer(Trainer):
         self._objective = Objective(args.loss_mix, args.loss_parameters, args.use_weighting, args.ld_alpha, mean_margin)
         self._loss = SequenceLoss(self._objective, self._objective.statistics)
         self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
-        self._empty = empty_pack(self.layout, cut=args.splits_completions).to(args.device)
+        self._empty = empty_pack(self.layout, split_for_ld_dpo=args.splits_completions).to(args.device)
         self._metrics = {mode: MetricAccumulator(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0
         self._balances: list[float] = []
@@ -269,7 +269,7 @@ class DPOTrainer(Trainer):
         """Totals of the optimizer step, fp32 [2]: over its micro-batches and all ranks."""
         if not batch_samples:  # the stream is over, on all ranks
             return None
-        totals, _, balance = self._level(batch_samples, self.args.gradient_accumulation_steps)
+        totals, _, balance = self._equalize(batch_samples, self.args.gradient_accumulation_steps)
         self._balances.append(balance)
         if self._coupled and self.args.couple == "step":
             self._couple(batch_samples, totals, self.accelerator)
@@ -277,9 +277,9 @@ class DPOTrainer(Trainer):
             self._couple([batch], totals)
         return totals
 
-    def _level(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
-        """Totals and number of groups of `batches` on all ranks, which `level` brings into step; how even they are."""
-        totals, groups, balance = level(batches, most, self._empty, self._host_group)
+    def _equalize(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
+        """Give all ranks as many packs; return totals, number of groups and balance of ranks."""
+        totals, groups, balance = equalize_pack_counts(batches, most, self._empty, self._host_group)
         return totals.to(self.args.device, non_blocking=True), groups, balance
 
     @functools.cached_property
@@ -295,9 +295,9 @@ class DPOTrainer(Trainer):
             reference = self.reference if self._datasets.lacks_reference(dataset) else None
             dataset, whole = StreamBatches(dataset, whole, self._group_cost, self.accelerator, reference), None
         elif whole > batch_size and not kwargs.get("is_training"):
-            dataset = with_positions(dataset, whole)
+            dataset = number_rows(dataset, whole)
         loader = super()._get_dataloader(dataset, description, whole, *args, **kwargs)
-        return share_among_ranks(loader, self._group_cost.of_dataset, self.accelerator)
+        return shard_batches(loader, self._group_cost.of_dataset, self.accelerator)
 
     def _couple(self, batches: list[dict], totals: Tensor, accelerator: Accelerator | None = None) -> None:
         """Finds out in a first pass how the packs of `batches` depend on each other, unless they are one and alone."""
@@ -399,7 +399,7 @@ class DPOTrainer(Trainer):
     # ---- evaluation, logging ----
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
-        totals, groups, _ = self._level([inputs], most=1)
+        totals, groups, _ = self._equalize([inputs], most=1)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
         self._metrics["eval"].end_batch()

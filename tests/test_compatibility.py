@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
+from dpo_fast import DPOCollator, PreferenceGroup, pack
 from dpo_fast.machine import cache_dir
 from dpo_fast.reference.fingerprint import STORE_VERSION, digest_of, weights_fingerprint
 from dpo_fast.reference.store.index import INDEX_VERSION
@@ -80,6 +81,16 @@ def test_names_can_be_imported(module):
     found = importlib.import_module(module)
     missing = [name for name in NAMES[module].split() if not hasattr(found, name)]
     assert not missing
+
+
+def test_earlier_names_of_packing_mean_the_same():
+    group = PreferenceGroup([1], [[2, 3], [4]], ref_token_logps=[[-1.0, -2.0], [-3.0]])
+    now, earlier = pack([group], split_for_ld_dpo=True), pack([group], cut=True)
+    assert earlier.pieces.equal(now.completion_pieces) and earlier.cuts.equal(now.full_pieces)
+    assert earlier.scores.index.equal(now.score_rows.index)
+    row = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    (packed,) = DPOCollator(cut=True)([row])["packs"]
+    assert packed.full_pieces.equal(now.full_pieces)
 
 
 def test_flags_are_understood():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.batches.completion_pieces import Pieces, by_completion, cut_completions
+from dpo_fast.batches.completion_pieces import Pieces, by_completion, split_completions
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
 
@@ -32,12 +32,13 @@ class PackedBatch:
         input_ids, position_ids: int64 [1, T] (shared) or [S, L] (padded). Positions restart after the prompt.
         prefix: segments for shared-prefix attention (shared), else None.
         attention_mask: int64 [S, L], 1 on tokens (padded), else None.
-        scores: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
+        score_rows: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
         targets: int64 [N], the token each score row predicts.
-        score_layout: where the score rows of pieces and groups begin and end; a completion is one piece unless cut.
-        pieces: int64 [S, J], which pieces a completion consists of, filled up with P, the number of pieces; None where
-            every completion is one.
-        cuts: int64 [C, 2], how many leading pieces of winner and loser lie within the shorter one's length, or None.
+        score_layout: where the score rows of pieces and groups begin and end; a completion is one piece unless split.
+        completion_pieces: int64 [S, J], which pieces a completion consists of, filled up with P, the number of pieces;
+            None where every completion is one.
+        full_pieces: int64 [C, 2], how many leading pieces of winner and loser lie within the shorter one's length;
+            None where every completion is one piece.
         completion_lengths: int64 [S], completion tokens (without context), the n of length-normalised losses.
         completion_groups: int64 [S], the index of the group that each completion belongs to.
         completion_scores: fp32 [S], NaN in groups without scores, or None where no group has any.
@@ -52,11 +53,11 @@ class PackedBatch:
     position_ids: Tensor
     prefix: PrefixLayout | None
     attention_mask: Tensor | None
-    scores: GatherPlan
+    score_rows: GatherPlan
     targets: Tensor
     score_layout: ScoreLayout
-    pieces: Tensor | None
-    cuts: Tensor | None
+    completion_pieces: Tensor | None
+    full_pieces: Tensor | None
     completion_lengths: Tensor
     completion_groups: Tensor
     completion_scores: Tensor | None
@@ -65,6 +66,11 @@ class PackedBatch:
     comparison_offsets: Tensor | None
     ref_logps: Tensor | None
     num_tokens: int
+
+    # Earlier names of three attributes.
+    scores = property(lambda self: self.score_rows)
+    pieces = property(lambda self: self.completion_pieces)
+    cuts = property(lambda self: self.full_pieces)
 
     @property
     def cu_scores(self) -> Tensor:
@@ -76,7 +82,7 @@ class PackedBatch:
         sums: Tensor,  # [P]
     ) -> Tensor:  # [S]
         """Adds what was summed over pieces up to completions."""
-        return sums if self.pieces is None else by_completion(sums, self.pieces).sum(dim=1)
+        return sums if self.completion_pieces is None else by_completion(sums, self.completion_pieces).sum(dim=1)
 
     @property
     def totals(self) -> Tensor:
@@ -106,6 +112,8 @@ def pack(
     groups: Sequence[PreferenceGroup],
     layout: Layout = "shared",
     pad_token_id: int = 0,
+    split_for_ld_dpo: bool = False,
+    *,
     cut: bool = False,
 ) -> PackedBatch:
     """Lays `groups` out for one forward pass.
@@ -114,15 +122,17 @@ def pack(
         groups: at least one; either all or none carry `ref_logps`.
         layout: `shared` or `padded`, see the module's docstring.
         pad_token_id: token that fills the rows of the padded layout.
-        cut: whether to cut completions into pieces where others that they are compared with end (LD-DPO). Reference
-            log-probs are then taken from `ref_token_logps`.
+        split_for_ld_dpo: whether to split completions where others that they are compared with end. Reference log-probs
+            are then taken from `ref_token_logps`.
+        cut: earlier name of `split_for_ld_dpo`.
 
     Raises:
         ValueError: no groups, reference log-probs on some groups only, or a field of the wrong length.
     """
     if not groups:
         raise ValueError("groups is empty: pack() needs at least one preference group")
-    reference = "ref_token_logps" if cut else "ref_logps"
+    split_for_ld_dpo |= cut
+    reference = "ref_token_logps" if split_for_ld_dpo else "ref_logps"
     if len({getattr(group, reference) is not None for group in groups}) != 1:
         raise ValueError(f"groups: {reference} is given on some groups and missing on others; give it on all or none")
 
@@ -143,15 +153,15 @@ def pack(
     ]
     scored = iter(map(len, rows))
     scored_lengths = [[next(scored) for _ in group.completion_ids] for group in groups]
-    pieces = cut_completions(scored_lengths, [group.comparisons for group in groups]) if cut else None
+    pieces = split_completions(scored_lengths, [group.comparisons for group in groups]) if split_for_ld_dpo else None
     score_layout = ScoreLayout.build(scored_lengths if pieces is None else pieces.lengths)
     return PackedBatch(
         **body,
-        scores=GatherPlan.build(np.concatenate(rows)),
+        score_rows=GatherPlan.build(np.concatenate(rows)),
         targets=torch.from_numpy(np.concatenate(targets)),
         score_layout=score_layout,
-        pieces=None if pieces is None else pieces.index,
-        cuts=None if pieces is None else pieces.cuts,
+        completion_pieces=None if pieces is None else pieces.index,
+        full_pieces=None if pieces is None else pieces.full_pieces,
         completion_lengths=torch.tensor(lengths, dtype=torch.int64),
         completion_groups=torch.arange(len(groups)).repeat_interleave(torch.tensor(counts)),
         completion_scores=_joined(groups, "completion_scores", counts, missing=math.nan),
@@ -256,10 +266,10 @@ def _first_scored(prompt_length: int, context: int) -> int:
 
 
 def empty_pack(
-    layout: Layout, pad_token_id: int = 0, cut: bool = False, groups: int = 1, length: int = 1
+    layout: Layout, pad_token_id: int = 0, split_for_ld_dpo: bool = False, groups: int = 1, length: int = 1
 ) -> PackedBatch:
     """A pack that runs through the whole model and adds nothing: groups of `length` tokens after as many, in no
     comparison."""
     ids, logps = [pad_token_id] * length, [0.0] * length
     group = PreferenceGroup(ids, [ids], (), (), ref_logps=[0.0], ref_token_logps=[logps])
-    return dataclasses.replace(pack([group] * groups, layout, pad_token_id, cut), num_tokens=0)
+    return dataclasses.replace(pack([group] * groups, layout, pad_token_id, split_for_ld_dpo), num_tokens=0)

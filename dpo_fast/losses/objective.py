@@ -54,11 +54,11 @@ class Objective:
         """What the objective takes besides log-probs and statistics."""
         reference = packed.ref_logps
         if reference is None:
-            of_completions = packed.completion_lengths if packed.pieces is None else packed.pieces
+            of_completions = packed.completion_lengths if packed.completion_pieces is None else packed.completion_pieces
             reference = torch.zeros(of_completions.shape, device=of_completions.device)
-        pieces = () if packed.pieces is None else (packed.pieces, packed.cuts)
+        completion_pieces = () if packed.completion_pieces is None else (packed.completion_pieces, packed.full_pieces)
         of_comparisons = packed.comparisons, packed.comparison_weights, packed.offsets
-        return totals, reference, packed.completion_lengths, *of_comparisons, *pieces
+        return totals, reference, packed.completion_lengths, *of_comparisons, *completion_pieces
 
     def compare(
         self,
@@ -69,16 +69,16 @@ class Objective:
         comparisons: Tensor,  # int64 [C, 2], (winner, loser)
         weights: Tensor,  # fp32 [C]
         offsets: Tensor,  # fp32 [C]
-        pieces: Tensor | None = None,  # int64 [S, J]
-        cuts: Tensor | None = None,  # int64 [C, 2], leading pieces that count in full
+        completion_pieces: Tensor | None = None,  # int64 [S, J]
+        full_pieces: Tensor | None = None,  # int64 [C, 2], leading pieces that count in full
     ) -> Comparisons:
         """Returns what the losses look at, differentiable in `logps`."""
         winners, losers = comparisons.unbind(1)
-        if pieces is None:
+        if completion_pieces is None:
             policy, reference, whole = logps[comparisons], ref_logps[comparisons], None
         else:
-            logps = by_completion(logps, pieces)
-            in_full = torch.arange(pieces.shape[1], device=logps.device) < cuts[..., None]
+            logps = by_completion(logps, completion_pieces)
+            in_full = torch.arange(completion_pieces.shape[1], device=logps.device) < full_pieces[..., None]
             share = torch.where(in_full, 1.0, self.ld_alpha).to(logps.dtype)
             policy, reference = ((by_piece[comparisons] * share).sum(dim=2) for by_piece in (logps, ref_logps))
             whole = logps.sum(dim=1)[winners]
@@ -129,14 +129,14 @@ def _policy_weights(
     comparisons: Tensor,  # int64 [C, 2]
     weights: Tensor,
     offsets: Tensor,
-    pieces: Tensor | None = None,  # int64 [S, J]
-    cuts: Tensor | None = None,
+    completion_pieces: Tensor | None = None,  # int64 [S, J]
+    full_pieces: Tensor | None = None,
 ) -> Tensor:  # [C]
     """w_w·w_l, w = exp(mean_t[logp_t − log Σ_v p_v²]): what the policy would write counts more.
 
     WPO (arXiv 2406.11827, eq. 2). It takes the inputs of `Objective.compare`.
     """
     excess = logps - log_sum_sq_probs
-    if pieces is not None:
-        excess = by_completion(excess, pieces).sum(dim=1)
+    if completion_pieces is not None:
+        excess = by_completion(excess, completion_pieces).sum(dim=1)
     return torch.exp(excess / lengths.clamp(min=1))[comparisons].prod(dim=1)

@@ -87,15 +87,15 @@ def add_dpo_forward(model: PreTrainedModel) -> None:
 
 
 def _let_score(head: nn.Module) -> None:
-    """Extends the head's forward: `head(hidden, score=function)` is `function(hidden)`, with the weight at hand.
+    """Extends the head's forward: `head(hidden, compute=function)` is `function(hidden)`, with the weight at hand.
 
     FSDP2 and ZeRO-3 gather a module's parameters when it is called.
     """
     original = head.forward
 
     @functools.wraps(original)
-    def forward(self, hidden: Tensor, score: Callable[[Tensor], Any] | None = None):
-        return original(hidden) if score is None else score(hidden)
+    def forward(self, hidden: Tensor, compute: Callable[[Tensor], Any] | None = None):
+        return original(hidden) if compute is None else compute(hidden)
 
     head.forward = types.MethodType(forward, head)
 
@@ -112,9 +112,9 @@ def _packed_forward(
         **_body_arguments(packed), use_cache=False, **({"output_router_logits": True} if aux_loss else {})
     )
     hidden = body.last_hidden_state
-    hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), packed.scores)
-    score = functools.partial(_scored, model, packed, statistics, loss, loss_inputs)
-    output = PackedOutput(**model.get_output_embeddings()(hidden, score=score))
+    hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), packed.score_rows)
+    compute = functools.partial(_scored, model, packed, statistics, loss, loss_inputs)
+    output = PackedOutput(**model.get_output_embeddings()(hidden, compute=compute))
     if aux_loss:
         output.aux_loss = _load_balancing_loss(model, body.router_logits, packed)
     return output

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.errors import InputError
-from dpo_fast.reference.compute import Score
+from dpo_fast.reference.compute import RunReference
 from dpo_fast.reference.store.keys import group_keys, key_array
 from dpo_fast.reference.store.store import ReferenceStore
 
@@ -19,7 +19,7 @@ TOKENS = 512  # that are run again, but at least one group
 
 
 def audit(
-    groups: Sequence[PreferenceGroup], store: ReferenceStore, score: Score, *, layout: Layout, dtype: torch.dtype
+    groups: Sequence[PreferenceGroup], store: ReferenceStore, score: RunReference, *, layout: Layout, dtype: torch.dtype
 ) -> None:
     """Recomputes log-probs that the store has with the live reference, and compares.
 
@@ -64,7 +64,7 @@ def _few(groups: Sequence[PreferenceGroup], layout: Layout) -> list[PreferenceGr
     return few
 
 
-def _sums(score: Score, packed: PackedBatch) -> Tensor:
+def _sums(score: RunReference, packed: PackedBatch) -> Tensor:
     """Log-probs of the completions, fp32 [S], on the host."""
     offsets = packed.score_layout.host_cu_scores
     return torch.segment_reduce(score(packed).double().cpu(), "sum", offsets=offsets).float()

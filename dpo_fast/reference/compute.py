@@ -35,7 +35,7 @@ from dpo_fast.reference.store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
-Score = Callable[[PackedBatch], Tensor]  # a packed batch on the host → token log-probs [N], without gradient
+RunReference = Callable[[PackedBatch], Tensor]  # a packed batch on the host → token log-probs [N], without gradient
 Column = Literal["ref_logps", "ref_token_logps"]
 Item = TypeVar("Item")
 
@@ -178,7 +178,7 @@ class ReferencePass:
     def __init__(
         self,
         store: ReferenceStore,
-        score: Score,
+        score: RunReference,
         *,
         layout: Layout,
         max_tokens: int | None = None,

@@ -6,7 +6,7 @@ Groups differ in length by orders of magnitude, and a step is as slow as its slo
 many groups but equal costs, longest first. A group's gradient does not depend on the rank that has it, so the groups of
 a step are those of one process with the same seed and batch, and so is the sum of its gradients.
 
-All ranks deal all groups of the step, by integers alone, and so agree without a word.
+All ranks assign all groups of the step, by integers alone, and so agree without a word.
 P parameters of the body, H hidden, L layers, V vocabulary.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 
 from dpo_fast.batches.groups import num_tokens
-from dpo_fast.batches.token_budget import deal, longest_first
+from dpo_fast.batches.token_budget import assign_greedily, longest_first
 from dpo_fast.data.columns import token_tables
 from dpo_fast.model.loading import vocabulary_size
 
@@ -88,8 +88,8 @@ def _own_past(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def deal_groups(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deals the groups of a step: for every rank its groups, as ascending indices.
+def assign_groups(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Assign the groups of a step: for every rank its groups, as ascending indices.
 
     No rank exceeds another by more than the cost of one group, and a rank has no group at all only if there are fewer
     groups than ranks.
@@ -103,7 +103,7 @@ def deal_groups(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """
     if costs and min(costs) < 1:
         raise ValueError(f"costs must be 1 or more, got {min(costs)}")
-    return [sorted(hand) for hand in deal(longest_first(costs), costs, ranks)]
+    return [sorted(part) for part in assign_greedily(longest_first(costs), costs, ranks)]
 
 
 def mean_to_max(loads: Sequence[float]) -> float:

@@ -2,7 +2,7 @@
 
 A batch is that of all ranks together, in the order of one process with the same seed, and each rank takes a part of it.
 Ranks then have different packs, yet engines gather parameters and reduce gradients once a pack. So before a step every
-rank gets as many packs as the one with most has, by empty ones (`level`), whose gradients are 0.
+rank gets as many packs as the one with most has, by empty ones (`equalize_pack_counts`), whose gradients are 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.training.group_cost import deal_groups, mean_to_max
+from dpo_fast.training.group_cost import assign_groups, mean_to_max
 
 
 class _RankBatches(BatchSampler):
@@ -34,18 +34,18 @@ class _RankBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
             costs = [self.costs[index] for index in batch]
-            yield [batch[index] for index in deal_groups(costs, self.ranks)[self.rank]]
+            yield [batch[index] for index in assign_groups(costs, self.ranks)[self.rank]]
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def with_positions(dataset: Dataset, batch_size: int) -> Dataset:
+def number_rows(dataset: Dataset, batch_size: int) -> Dataset:
     """Numbers the rows of every batch, so that what ranks find out about them can be put into order."""
     return dataset.add_column("position", np.arange(len(dataset)) % batch_size)
 
 
-def share_among_ranks(
+def shard_batches(
     loader: DataLoader, costs_of: Callable[[Dataset], Sequence[int]], accelerator: Accelerator
 ) -> DataLoader:
     """Makes a prepared loader of whole batches, those of all ranks together, give each rank a part of every batch.
@@ -68,6 +68,7 @@ def share_among_ranks(
         batches = _RankBatches(shard.batch_sampler, costs, rank, ranks)
         shard.batch_sampler, shard.sampler = batches, batches.sampler  # which gets the epoch, after a resume too
         shard.num_processes, shard.process_index, shard.batch_size = 1, 0, None
+        shard.even_batches = False  # else it looks for a size after the last batch
     return loader
 
 
@@ -77,13 +78,13 @@ def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> di
     return {**batch, "host_totals": batch["totals"].tolist()}
 
 
-def level(
+def equalize_pack_counts(
     batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup | None
 ) -> tuple[Tensor, int, float]:
     """Gives every rank as many batches, and as many packs in each, as the rank with most has; the others' are empty.
 
     Args:
-        batches: of a loader that `share_among_ranks` was called with; filled up in place.
+        batches: of a loader that `shard_batches` was called with; filled up in place.
         most: how many batches a rank can have at most.
         empty: the pack to fill up with.
         ranks: a group that works on the host, so that nothing waits for the device; None for one process.

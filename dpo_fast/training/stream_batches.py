@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from datasets import IterableDataset
 
 from dpo_fast.data.prepare import ROWS_AHEAD
-from dpo_fast.training.group_cost import deal_groups
+from dpo_fast.training.group_cost import assign_groups
 
 if TYPE_CHECKING:
     from dpo_fast.reference.reference import Reference
@@ -53,12 +53,12 @@ class StreamBatches(torch.utils.data.IterableDataset):
         rows = iter(self.groups)
         batches_ahead = max(1, ROWS_AHEAD * self.ranks // self.batch_size)
         while batches := [batch for _ in range(batches_ahead) if (batch := list(islice(rows, self.batch_size)))]:
-            hands = [self._hand(batch) for batch in batches]
-            own = [row for hand in hands for row in hand]
+            parts = [self._part(batch) for batch in batches]
+            own = [row for part in parts for row in part]
             own = iter(own if self.reference is None else self.reference.with_logps_of_rows(own))
-            for hand in hands:
-                yield list(islice(own, len(hand)))
+            for part in parts:
+                yield list(islice(own, len(part)))
 
-    def _hand(self, batch: list[Row]) -> list[Row]:
+    def _part(self, batch: list[Row]) -> list[Row]:
         costs = [self.cost(len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]) for row in batch]
-        return [{**batch[i], "position": i} for i in deal_groups(costs, self.ranks)[self.rank]]
+        return [{**batch[i], "position": i} for i in assign_groups(costs, self.ranks)[self.rank]]

@@ -39,7 +39,7 @@ def test_score_rows_and_targets_are_the_completion_tokens(groups, layout):
     ids, positions = packed.input_ids.reshape(-1), packed.position_ids.reshape(-1)
     bounds = packed.cu_scores.tolist()
     for (sequence, first), start, end in zip(sequences(groups), bounds[:-1], bounds[1:], strict=True):
-        rows = packed.scores.index[start:end]
+        rows = packed.score_rows.index[start:end]
         assert packed.targets[start:end].tolist() == sequence[first:]
         assert ids[rows].tolist() == sequence[first - 1 : -1], "the row before a token predicts it"
         assert positions[rows].tolist() == list(range(first - 1, len(sequence) - 1))

@@ -105,7 +105,7 @@ def our_sequences(rows, tokenizer, max_length, truncation_mode):
         assert row["comparisons"] == [[0, 1]]
         batch = pack([PreferenceGroup.from_row(row)], layout="padded")
         width = batch.input_ids.shape[1]
-        score_rows, starts = batch.scores.index.tolist(), batch.cu_scores.tolist()
+        score_rows, starts = batch.score_rows.index.tolist(), batch.cu_scores.tolist()
         for k, ids in enumerate(batch.input_ids.tolist()):
             scored = [index - k * width + 1 for index in score_rows[starts[k] : starts[k + 1]]]
             assert [ids[t] for t in scored] == batch.targets[starts[k] : starts[k + 1]].tolist()

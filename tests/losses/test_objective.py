@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast.batches.collator import DPOCollator
-from dpo_fast.batches.completion_pieces import cut_completions
+from dpo_fast.batches.completion_pieces import split_completions
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
@@ -48,7 +48,7 @@ def piece_sums(packed, rows: list[torch.Tensor]) -> torch.Tensor:
 
 def totals_of(groups: list[PreferenceGroup]) -> torch.Tensor:
     rows = [group_row(group) for group in groups]
-    return DPOCollator(cut=True)(rows)["totals"]
+    return DPOCollator(split_for_ld_dpo=True)(rows)["totals"]
 
 
 def group_row(group: PreferenceGroup) -> dict:
@@ -88,7 +88,7 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_other_completion(name):
     rows = token_logps(groups)
     smoothing = 0.1 if name in SMOOTHED else 0.0
     objective = Objective({name: 1.0}, LossParameters(0.7, smoothing), ld_alpha=0.3)
-    packed, totals = pack(groups, cut=True), totals_of(groups)
+    packed, totals = pack(groups, split_for_ld_dpo=True), totals_of(groups)
     value = objective(piece_sums(packed, rows), *objective.inputs(packed, totals))
     expected = by_token(groups, rows, objective, totals)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -99,16 +99,16 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_other_completion(name):
 
 
 def test_where_a_completion_is_cut():
-    pieces = cut_completions([[5, 3, 9], [4, 4]], [[(0, 1), (2, 0), (1, 2)], [(1, 0)]])
+    pieces = split_completions([[5, 3, 9], [4, 4]], [[(0, 1), (2, 0), (1, 2)], [(1, 0)]])
     assert pieces.lengths == [[3, 2, 3, 3, 2, 4], [4, 4]]
     assert pieces.index.tolist() == [[0, 1, 8], [2, 8, 8], [3, 4, 5], [6, 8, 8], [7, 8, 8]]
-    assert pieces.cuts.tolist() == [[1, 1], [2, 2], [1, 1], [1, 1]]
+    assert pieces.full_pieces.tolist() == [[1, 1], [2, 2], [1, 1], [1, 1]]
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=3))
 def test_pieces_add_up_to_completions_and_a_weight_of_one_changes_nothing(lengths):
     groups = [group_of(of_group, seed) for seed, of_group in enumerate(lengths)]
-    whole, cut = (pack(groups, cut=cut) for cut in (False, True))
+    whole, cut = (pack(groups, split_for_ld_dpo=cut) for cut in (False, True))
     rows = token_logps(groups)
     sums = [piece_sums(packed, rows) for packed in (whole, cut)]
     assert torch.allclose(cut.completion_sums(sums[1]), sums[0], atol=1e-5)
@@ -125,7 +125,10 @@ def test_sorting_losses_take_pieces_of_several_packs():
     groups = [group_of([5, 3, 9], 0), group_of([4, 7], 1), group_of([1, 6], 2)]
     objective = Objective({"aot": 1.0, "aot_unpaired": 0.5}, PARAMETERS, ld_alpha=0.4)
     totals, rows = totals_of(groups), token_logps(groups)
-    together, apart = [pack(groups, cut=True)], [pack(groups[:1], cut=True), pack(groups[1:], cut=True)]
+    together, apart = (
+        [pack(groups, split_for_ld_dpo=True)],
+        [pack(groups[:1], split_for_ld_dpo=True), pack(groups[1:], split_for_ld_dpo=True)],
+    )
     whole = step_coefficients(together, [piece_sums(together[0], rows)], totals, objective)
     parts = step_coefficients(
         apart, [piece_sums(apart[0], rows[:3]), piece_sums(apart[1], rows[3:])], totals, objective
@@ -142,7 +145,7 @@ def log_sigmoid(x: float) -> float:
 def test_weights_of_wpo_by_hand(cut):
     """Two pairs; the first one's tokens are as likely as two draws that agree, so it weighs 1."""
     groups = [PreferenceGroup([5], [[7], [7, 7]]), PreferenceGroup([5], [[7, 7], [7] * 4], comparison_weights=(3.0,))]
-    packed = pack(groups, cut=cut)
+    packed = pack(groups, split_for_ld_dpo=cut)
     if cut:  # the losers consist of two pieces each
         logps, squares = [-2.0, -1.0, -2.0, -4.0, -3.0, -2.0], [-2.0, -2.0, -1.0, -3.0, -4.0, -1.0]
     else:
@@ -165,7 +168,7 @@ def test_weights_of_wpo_by_hand(cut):
 def test_losses_without_a_reference_need_none(name):
     groups = [PreferenceGroup([5], [[7], [7, 7]])]
     for cut in (False, True):
-        packed, objective = pack(groups, cut=cut), Objective({name: 1.0}, ld_alpha=0.5 if cut else None)
+        packed, objective = pack(groups, split_for_ld_dpo=cut), Objective({name: 1.0}, ld_alpha=0.5 if cut else None)
         sums = -torch.ones(packed.score_layout.cu_scores.shape[0] - 1)
         assert torch.isfinite(objective(sums, *objective.inputs(packed, torch.tensor([1.0, 1.0]))))
 
@@ -174,6 +177,6 @@ def test_pack_refuses_reference_tokens_that_do_not_fit():
     short = group_of([3, 2], 0)
     short = PreferenceGroup(short.prompt_ids, short.completion_ids, ref_token_logps=[[-1.0] * 3, [-1.0]])
     with pytest.raises(ValueError, match="ref_token_logps hold 4 numbers for 5 scored tokens"):
-        pack([short], cut=True)
+        pack([short], split_for_ld_dpo=True)
     with pytest.raises(ValueError, match="ref_token_logps is given on some groups and missing on others"):
-        pack([short, PreferenceGroup([1], [[2], [3]])], cut=True)
+        pack([short, PreferenceGroup([1], [[2], [3]])], split_for_ld_dpo=True)

@@ -71,11 +71,11 @@ def test_head_equals_the_models_own_logits(family):
     (group,) = random_groups()[:1]
     packed = pack([group], "padded")
     logits = model(input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False).logits
-    expected = logits.flatten(0, 1)[packed.scores.index].log_softmax(-1)
+    expected = logits.flatten(0, 1)[packed.score_rows.index].log_softmax(-1)
     output = model(packed=packed, statistics=("entropy", "mean_logit", "is_top1"))
     assert torch.allclose(output.token_logps, expected.gather(1, packed.targets[:, None])[:, 0], atol=1e-5)
     assert torch.allclose(output.entropy, -(expected.exp() * expected).sum(-1), atol=1e-5)
-    assert torch.allclose(output.mean_logit, logits.flatten(0, 1)[packed.scores.index].mean(-1), atol=1e-5)
+    assert torch.allclose(output.mean_logit, logits.flatten(0, 1)[packed.score_rows.index].mean(-1), atol=1e-5)
     assert torch.equal(output.is_top1, expected.argmax(-1) == packed.targets)
 
 

@@ -15,7 +15,7 @@ from dpo_fast.reference.store import index, parts
 from dpo_fast.reference.store.files import Folder, is_index, is_part
 from dpo_fast.reference.store.index import Index, best_index, write_index
 from dpo_fast.reference.store.keys import completion_key, key_array
-from dpo_fast.reference.store.parts import IndexedPart, Rows, Runs
+from dpo_fast.reference.store.parts import IndexedPart, Rows, SpilledRows
 from dpo_fast.reference.store.store import ReferenceStore
 
 halves = st.one_of(st.integers(0, 3), st.integers(2**64 - 3, 2**64 - 1), st.integers(0, 2**64 - 1))
@@ -43,7 +43,7 @@ def parts_of(keys) -> list[IndexedPart]:
 
 
 def build(folder: Folder, keys, parts, old: Index | None = None, first: int = 0) -> Index:
-    runs = Runs(folder)
+    runs = SpilledRows(folder)
     for number in range(first, len(parts)):
         runs.add(rows_of(keys[number], parts[number], number))
     return Index(folder, write_index(folder, parts, old, runs))
@@ -150,7 +150,7 @@ def test_an_index_of_another_version_is_made_anew(tmp_path, caplog, monkeypatch)
     folder = Folder(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(index, "INDEX_VERSION", 7)
-        name = write_index(folder, [], None, Runs(folder))
+        name = write_index(folder, [], None, SpilledRows(folder))
     assert best_index(folder) is None and "is of version 7, not 1" in caplog.text
     assert not (tmp_path / name).exists()
 

@@ -313,17 +313,17 @@ def count_on_a_rank(engine: str, folder: str, steps: int) -> None:
     """Writes down the collectives of every step, and how many packs this rank has of its own."""
     shard_on_cpus()
     counter, packs = CountCollectives(), []
-    level = trainer_module.level
+    equalize_pack_counts = trainer_module.equalize_pack_counts
 
     def counted(batches, *args):
         packs.append([len(batch["packs"]) for batch in batches])
-        return level(batches, *args)
+        return equalize_pack_counts(batches, *args)
 
     class Steps(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             counter.close()
 
-    trainer_module.level = counted
+    trainer_module.equalize_pack_counts = counted
     ranks = int(os.environ["WORLD_SIZE"])
     trainer = make("packs", Path(folder) / "fuzz", ranks, dataset=rows(317, seed=3), max_steps=steps)
     trainer.add_callback(Steps())

@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.training.group_cost import GroupCost, deal_groups, mean_to_max
+from dpo_fast.training.group_cost import GroupCost, assign_groups, mean_to_max
 from families import tiny_model
 
 TRIPLES = json.loads((Path(__file__).parent / "triple_lengths.json").read_text())
@@ -35,43 +35,45 @@ def steps(groups: int, count: int = 8) -> list[list[list[int]]]:
     return [order[groups * step :][:groups] for step in range(count)]
 
 
-def loads(costs: list[int], hands: list[list[int]]) -> list[int]:
-    return [sum(costs[i] for i in hand) for hand in hands]
+def loads(costs: list[int], parts: list[list[int]]) -> list[int]:
+    return [sum(costs[i] for i in part) for part in parts]
 
 
 @pytest.mark.parametrize("cost", [SMOLLM2, LLAMA_8B], ids=["SmolLM2-135M", "Llama-3-8B"])
 def test_64_ranks_of_real_lengths_are_busy(cost):
-    dealt, naive = [], []
+    assigned, naive = [], []
     for step in steps(64 * 8):
         costs = [cost(prompt, completions) for prompt, *completions in step]
-        dealt.append(mean_to_max(loads(costs, deal_groups(costs, 64))))
+        assigned.append(mean_to_max(loads(costs, assign_groups(costs, 64))))
         naive.append(mean_to_max([sum(costs[8 * rank :][:8]) for rank in range(64)]))
-    print(f"\nmean-to-max load of 64 ranks, {len(dealt)} steps: dealt from {min(dealt):.3f}, naive to {max(naive):.3f}")
-    assert min(dealt) >= 0.95
+    print(
+        f"\nmean-to-max load of 64 ranks, {len(assigned)} steps: by cost from {min(assigned):.3f}, naive to {max(naive):.3f}"
+    )
+    assert min(assigned) >= 0.95
     assert max(naive) < 0.8, "lengths so even that nothing is shown"
 
 
 @given(COSTS, RANKS)
 def test_every_group_is_dealt_once_and_no_rank_exceeds_another_by_more_than_one(costs, ranks):
-    dealt = deal_groups(costs, ranks)
-    assert dealt == deal_groups(list(costs), ranks)
-    assert len(dealt) == ranks and sum(map(bool, dealt)) == min(ranks, len(costs))
-    assert sorted(i for hand in dealt for i in hand) == list(range(len(costs)))
-    for load, hand in zip(loads(costs, dealt), dealt, strict=True):
-        assert hand == sorted(hand)
-        assert load - min(loads(costs, dealt)) <= min((costs[i] for i in hand), default=0)
+    assigned = assign_groups(costs, ranks)
+    assert assigned == assign_groups(list(costs), ranks)
+    assert len(assigned) == ranks and sum(map(bool, assigned)) == min(ranks, len(costs))
+    assert sorted(i for part in assigned for i in part) == list(range(len(costs)))
+    for load, part in zip(loads(costs, assigned), assigned, strict=True):
+        assert part == sorted(part)
+        assert load - min(loads(costs, assigned)) <= min((costs[i] for i in part), default=0)
 
 
 @given(st.lists(st.integers(1, 8), max_size=40), RANKS, st.randoms(use_true_random=False))
 def test_the_order_of_groups_changes_who_takes_which_and_no_load(costs, ranks, generator):
     other = generator.sample(costs, len(costs))
-    assert loads(costs, deal_groups(costs, ranks)) == loads(other, deal_groups(other, ranks))
+    assert loads(costs, assign_groups(costs, ranks)) == loads(other, assign_groups(other, ranks))
 
 
 def test_a_tie_goes_to_the_first_rank_and_the_first_group():
-    assert deal_groups([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
-    assert deal_groups([1, 9, 1, 1], 2) == [[1], [0, 2, 3]]
-    assert deal_groups([], 2) == [[], []]
+    assert assign_groups([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
+    assert assign_groups([1, 9, 1, 1], 2) == [[1], [0, 2, 3]]
+    assert assign_groups([], 2) == [[], []]
 
 
 def test_cost_counts_products_and_visible_pairs():
@@ -106,7 +108,7 @@ def test_mean_to_max():
 
 def test_a_cost_of_nothing_is_refused():
     with pytest.raises(ValueError, match="^costs must be 1 or more, got 0"):
-        deal_groups([1, 0], 2)
+        assign_groups([1, 0], 2)
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])

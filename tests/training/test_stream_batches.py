@@ -105,10 +105,10 @@ def test_every_batch_is_that_of_one_process_and_each_row_goes_to_one_rank(ranks)
         everyone.append(list(batches))
         assert json.dumps(list(batches)) == json.dumps(everyone[-1]), "another epoch is the same"
     found = []
-    for hands in zip(*everyone, strict=True):
-        batch = sorted((row for hand in hands for row in hand), key=lambda row: row["position"])
+    for parts in zip(*everyone, strict=True):
+        batch = sorted((row for part in parts for row in part), key=lambda row: row["position"])
         assert [row.pop("position") for row in batch] == list(range(len(batch)))
-        loads = [sum(map(cost_of, hand)) for hand in hands]
+        loads = [sum(map(cost_of, part)) for part in parts]
         assert len(batch) < ranks or max(loads) < 1.5 * min(loads)
         found.append(batch)
     assert list(map(len, found)) == [8, 8, 1]
@@ -152,7 +152,7 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
 def test_a_stream_that_is_over_asks_no_other_rank(tmp_path, monkeypatch):
     """transformers goes on asking for the steps of an epoch whose length it does not know."""
     trainer = make_trainer(tmp_path, as_stream(pairs(8)))
-    monkeypatch.setattr(trainer, "_level", lambda *args: pytest.fail("ranks met"))
+    monkeypatch.setattr(trainer, "_equalize", lambda *args: pytest.fail("ranks met"))
     assert trainer._get_num_items_in_batch([], torch.device("cpu")) is None and trainer._balances == []
 
 

@@ -73,7 +73,7 @@ class Packing:
 
     layout: Layout
     pad_token_id: int
-    cut: bool = False
+    split_for_ld_dpo: bool = False
 
     def __call__(self, batch: Mapping[str, Any]) -> PackedBatch:
         """The packed form of a padded batch, on the host.
@@ -81,7 +81,7 @@ class Packing:
         Raises:
             CannotPackError: the batch is none of right-padded pairs.
         """
-        return pack(pair_groups(batch), self.layout, self.pad_token_id, self.cut)
+        return pack(pair_groups(batch), self.layout, self.pad_token_id, self.split_for_ld_dpo)
 
 
 @dataclass

@@ -99,13 +99,13 @@ def reference_logps(trainer: DPOTrainer, packed: PackedBatch, inputs: Mapping[st
     """Reference log-probs of a packed batch, fp32 [S], or [S, J] where completions are cut into pieces."""
     if trainer.precompute_ref_logps:
         sums = by_pair(*(inputs[column] for column in COLUMNS)).float()
-        if packed.pieces is None:
+        if packed.completion_pieces is None:
             return sums
         # The parts are added up already: the first piece, which always counts in full, stands for all.
-        others = sums.new_zeros(len(sums), packed.pieces.shape[1] - 1)
+        others = sums.new_zeros(len(sums), packed.completion_pieces.shape[1] - 1)
         return torch.cat([sums[:, None], others], dim=1)
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     no_recomputation = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
     with torch.no_grad(), no_recomputation, _reference_adapter(trainer):
         logps = model(packed=packed).logps
-    return logps if packed.pieces is None else by_completion(logps, packed.pieces)
+    return logps if packed.completion_pieces is None else by_completion(logps, packed.completion_pieces)

@@ -99,7 +99,7 @@ def _packed_forward(trainer: dpo_trainer.DPOTrainer) -> Iterator[None]:
         pad_token_id = trainer._tokenizer.pad_token_id
         answer_padded_rows(_base(model), Packing(layout, pad_token_id), kwargs.get("outputs", ("log_probs",)))
         both: Layout = "shared" if set(layouts) == {"shared"} else "padded"
-        trainer._packing = Packing(both, pad_token_id, cut=trainer.ld_alpha is not None)
+        trainer._packing = Packing(both, pad_token_id, split_for_ld_dpo=trainer.ld_alpha is not None)
 
     dpo_trainer.add_fused_lm_head = add_heads
     try:

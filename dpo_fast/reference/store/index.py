@@ -35,11 +35,11 @@ from dpo_fast.reference.store.parts import (
     RECORD,
     IndexedPart,
     Rows,
-    Runs,
+    SpilledRows,
+    alphabetical_order,
     arrow,
     column_values,
     range_edges,
-    ranks,
 )
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def open_index(folder: Folder, name: str) -> Index | None:
         return None
 
 
-def write_index(folder: Folder, parts: Sequence[IndexedPart], old: Index | None, runs: Runs) -> str:
+def write_index(folder: Folder, parts: Sequence[IndexedPart], old: Index | None, runs: SpilledRows) -> str:
     """Writes the index of an old index's rows and of others, and returns its file's name.
 
     Args:
@@ -130,7 +130,7 @@ def write_index(folder: Folder, parts: Sequence[IndexedPart], old: Index | None,
         old: an index of some of them.
         runs: the rows of the others.
     """
-    rank = ranks(parts)
+    rank = alphabetical_order(parts)
     # Rows with repeats, so that the ranges depend on the set of parts and not on the order in which they were merged.
     bits = min(MAX_BITS, (max(sum(part.rows for part in parts) - 1, 0) // ROWS_PER_BATCH).bit_length())
     metadata = json.dumps({"version": INDEX_VERSION, "bits": bits, "parts": sorted(parts)})

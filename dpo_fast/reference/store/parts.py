@@ -80,14 +80,14 @@ class IndexedPart(NamedTuple):
     rows: int
 
 
-def ranks(parts: Sequence[IndexedPart]) -> np.ndarray:
+def alphabetical_order(parts: Sequence[IndexedPart]) -> np.ndarray:
     """Place of every part in the alphabetical order of all, uint32."""
     rank = np.empty(len(parts), np.uint32)
     rank[sorted(range(len(parts)), key=lambda number: parts[number].name)] = np.arange(len(parts), dtype=np.uint32)
     return rank
 
 
-class Runs:
+class SpilledRows:
     """Rows in any order and number, taken back by ranges of keys.
 
     Sorted runs of about a million rows lie one after another in a temporary file without a name (in memory while they

@@ -42,10 +42,10 @@ from dpo_fast.reference.store.index import Index, best_index, report_gone, write
 from dpo_fast.reference.store.parts import (
     IndexedPart,
     Rows,
-    Runs,
+    SpilledRows,
+    alphabetical_order,
     column_values,
     part_rows,
-    ranks,
     read_part,
     sequence_logp,
     write_part,
@@ -117,7 +117,7 @@ class ReferenceStore:
         self._parts = list(index.parts) if index else []
         self._tail = Rows.zeros(0)  # sorted rows of the parts that the index does not cover
 
-    def _new_rows(self) -> tuple[list[IndexedPart], Runs]:
+    def _new_rows(self) -> tuple[list[IndexedPart], SpilledRows]:
         """All parts, and rows of those that are not known yet. Known ones that were changed are verified again."""
         present = {name: file for name, file in self._files.list().items() if is_part(name)}
         for number, part in enumerate(self._parts):
@@ -130,7 +130,7 @@ class ReferenceStore:
         if gone:
             report_gone(self._files, gone)
             self._start_from(None)  # an index keeps one row of equal keys: another part may have what is lost
-        parts, runs = [*self._parts], Runs(self._files)
+        parts, runs = [*self._parts], SpilledRows(self._files)
         for name in sorted(present.keys() - {part.name for part in parts}):
             table = read_part(self._files, name, ["key", "logp", "num_tokens"])
             if table is not None:
@@ -138,15 +138,15 @@ class ReferenceStore:
                 parts.append(IndexedPart(name, *present[name], table.num_rows))
         return parts, runs
 
-    def _absorb(self, parts: list[IndexedPart], runs: Runs) -> None:
+    def _absorb(self, parts: list[IndexedPart], runs: SpilledRows) -> None:
         """Knows parts as well whose rows are given; where it is interrupted, they are as unknown as before."""
         if len(self._tail.row) + runs.num_rows > ROWS_IN_MEMORY:
             self._update_index(parts, runs)
         elif len(parts) > len(self._parts):
-            tail = Rows.concatenate([self._tail, *runs.range(0, 0)]).sorted_unique(ranks(parts))
+            tail = Rows.concatenate([self._tail, *runs.range(0, 0)]).sorted_unique(alphabetical_order(parts))
             self._tail, self._parts = tail, parts
 
-    def _update_index(self, parts: list[IndexedPart], runs: Runs) -> None:
+    def _update_index(self, parts: list[IndexedPart], runs: SpilledRows) -> None:
         """Writes an index of these parts, if there is none, and removes those that it supersedes."""
         if sorted(parts) != (self._index.parts if self._index else []):
             runs.add(self._tail)
@@ -172,7 +172,7 @@ class ReferenceStore:
         better = position >= 0
         both = np.flatnonzero(better & found)
         if len(both):
-            rank = ranks(self._parts)
+            rank = alphabetical_order(self._parts)
             better[both] = rank[self._tail.part[position[both]]] < rank[rows.part[both]]
         for column, source in zip(rows, self._tail, strict=True):
             column[better] = source[position[better]]
@@ -263,7 +263,7 @@ class ReferenceStore:
             raise
         self._write, self._writing = None, {}
         if part.name not in {known.name for known in self._parts}:
-            runs = Runs(self._files)
+            runs = SpilledRows(self._files)
             runs.add(rows._replace(part=np.full_like(rows.part, len(self._parts))))
             self._absorb([*self._parts, part], runs)
 
