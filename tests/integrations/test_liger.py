@@ -364,11 +364,6 @@ def test_a_target_in_which_nothing_is_ignored():
 @pytest.mark.parametrize(("argument", "options"), [
     ("loss_type", {"loss_type": "dpo"}),
     ("loss_type", {"loss_type": "aot"}),
-    ("label_smoothing", {"loss_type": "exo_pair"}),
-    ("label_smoothing", {"loss_type": "robust", "label_smoothing": 0.5}),
-    ("label_smoothing", {"label_smoothing": -0.1}),
-    ("label_smoothing", {"loss_type": "hinge", "label_smoothing": 0.1}),
-    ("f_divergence_type", {"f_divergence_type": "kl"}),
     *[("average_log_prob", {"loss_type": name, "average_log_prob": True}) for name in WITH_LENGTHS],
 ])  # fmt: skip
 def test_bad_options_are_named(argument, options):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dpo_fast import losses
 from dpo_fast.config import DPOConfig
+from dpo_fast.integrations.liger import FusedLinearDPOLoss
 from dpo_fast.losses import LOSSES, LossParameters, LossUses, catalogue, dpo_loss, losses_using, preference_loss, uses
 from preferences import logged, make_trainer, pairs
 
@@ -90,12 +91,16 @@ def _without_last(c: losses.Comparisons) -> losses.Comparisons:
         ("beta", 0.0, ["sigmoid"], "beta=0.0 must be a finite number above 0"),
         ("beta", "0.1", ["sigmoid"], "beta='0.1' must be a finite number"),
         ("beta", float("nan"), ["sigmoid"], "beta=nan must"),
+        ("beta", float("inf"), ["sigmoid"], "beta=inf must"),
+        ("beta", None, ["sigmoid"], "beta=None must"),
+        ("label_smoothing", -0.1, ["sigmoid"], "label_smoothing=-0.1 must"),
+        ("f_alpha_divergence_coef", float("inf"), ["sigmoid"], "f_alpha_divergence_coef=inf must be a finite number"),
         ("label_smoothing", 0.5, ["robust"], r"label_smoothing=0.5 must lie in \[0, 0.5\)"),
         ("label_smoothing", 0.1, ["hinge", "ipo"], "label_smoothing=0.1 means nothing to"),
         ("label_smoothing", 0.0, ["exo_pair"], "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
         ("f_divergence_type", "kl", ["sigmoid"], "f_divergence_type='kl' is not known"),
         ("f_divergence_type", "js_divergence", ["aot"], "f_divergence_type='js_divergence' has no ratio"),
-        ("simpo_gamma", -1.0, ["simpo"], "simpo_gamma=-1.0 must be a finite number, 0 or more"),
+        ("simpo_gamma", float("nan"), ["simpo"], "simpo_gamma=nan must be a finite number, 0 or more"),
         ("discopop_tau", 0.0, ["discopop"], "discopop_tau=0.0 must be a finite number above 0"),
     ],
 )
@@ -106,6 +111,8 @@ def test_one_check_serves_the_configuration_the_function_and_the_module(tmp_path
         DPOConfig(output_dir=str(tmp_path), report_to="none", loss_type=names, **{parameter: value})
     with pytest.raises(ValueError, match=words):
         dpo_loss(*torch.zeros(4, 1), loss_type=names[0], **{parameter: value})
+    with pytest.raises(ValueError, match="couples all pairs" if uses(names[0], "step") else words):
+        FusedLinearDPOLoss(loss_type=names[0], **{parameter: value})
 
 
 def test_parameters_may_be_tensors():
