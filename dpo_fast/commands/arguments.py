@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dpo_fast.config import DPOConfig
 
+USAGE = "dpo-fast train --model MODEL --dataset DATASET [options]"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # Flags of `trl dpo` that ask for something dpo_fast does not do, with the default at which they ask for nothing.
@@ -241,10 +242,13 @@ def _train_parser() -> argparse.ArgumentParser:
         (DataArguments, ModelArguments, DPOConfig),
         prog="dpo-fast train",
         allow_abbrev=False,
-        usage="dpo-fast train --model MODEL --dataset DATASET [options]",
+        usage=USAGE,
+        add_help=False,
         description="Direct Preference Optimization of a model. Flags of `accelerate launch` are passed on to it.",
     )
     parser.error = _refuse
+    parser.add_argument("-h", "--help", action="help", help="show the flags that most runs need")
+    parser.add_argument("--help_all", "--help-all", action="help", dest="help", help="show every flag")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags and values; flags given here win.")
     for name, default in TRL_ONLY.items():
         flags = {f"--{name}", f"--{name.replace('_', '-')}"}
@@ -341,7 +345,7 @@ def _spellings(parser: argparse.ArgumentParser) -> list[str]:
 
 def _close(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else "dpo-fast train --help lists what there is."
+    return f"did you mean {' or '.join(matches)}?" if matches else "dpo-fast train --help_all lists what there is."
 
 
 def _require(module: str, cure: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
 from dpo_fast.commands.launch import launch_if_needed
+from dpo_fast.commands.train_help import short_parser
 from dpo_fast.errors import refusing_input
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        short_parser().print_help()
+        return 0
     with refusing_input():
         arguments = read_arguments(argv)
         launch_if_needed(arguments, ("train", *argv))
@@ -27,7 +32,8 @@ def main(argv: list[str]) -> int:
         trainer = make_trainer(arguments, DPOTrainer)
     args = trainer.args
     print_summaries(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with without_progress_bars():
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -111,6 +117,20 @@ def print_summaries(trainer: DPOTrainer) -> None:
     if trainer.is_world_process_zero():
         for name, summary in trainer.data_summaries.items():
             print(f"{name}: {summary}")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep the bars that transformers draws for each checkpoint out of the table of training."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def scratch_output() -> list[str]:
