@@ -61,7 +61,7 @@ from dpo_fast.training.checkpoints import STATE_FILE, check_checkpoint, find_che
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.training.datasets import PreferenceDatasets, map_datasets
 from dpo_fast.training.group_cost import GroupCost, group_lengths
-from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
+from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
 from dpo_fast.training.running_margin import RunningMargin
@@ -69,8 +69,6 @@ from dpo_fast.training.stream_batches import StreamBatches
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
-
-_STATISTICS = ("entropy", "mean_logit", "is_top1")  # that metrics are made of
 
 
 class DPOTrainer(Trainer):
@@ -358,7 +356,7 @@ class DPOTrainer(Trainer):
         for packed, known in zip(packs, coefficients, strict=True):
             output = model(
                 packed=packed,
-                statistics=_STATISTICS if self.args.log_completion_statistics else (),
+                statistics=STATISTICS if self.args.log_completion_statistics else (),
                 aux_loss=self._aux_loss_weight != 0,
                 **self._loss_arguments(packed, totals, known),
             )

@@ -17,6 +17,8 @@ from dpo_fast.model.forward import PackedOutput
 
 Gather = Callable[[Tensor], Tensor]
 
+STATISTICS = ("entropy", "mean_logit", "is_top1")  # statistics of the head that metrics are made of
+
 NAMES = (
     *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins", "best_of_k", "kendall_tau")),
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),

@@ -30,12 +30,11 @@ from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import disable_dropout
-from dpo_fast.training.metrics import MetricAccumulator, batch_metrics
+from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
 
-_STATISTICS = ("entropy", "mean_logit", "is_top1")  # that metrics are made of
 # The methods of TRL's class that are replaced.
 STOCK = {
     name: vars(dpo_trainer.DPOTrainer)[name] for name in ("__init__", "_precompute_ref_logps", "_compute_loss", "log")
@@ -178,7 +177,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             self._sequence_loss = SequenceLoss(objective, objective.statistics)  # else the same, for torch.compile
         output = model(
             packed=packed,
-            statistics=_STATISTICS,
+            statistics=STATISTICS,
             aux_loss=self.aux_loss_enabled,
             **({} if coupled else {"loss": self._sequence_loss, "loss_inputs": loss_inputs}),
         )
