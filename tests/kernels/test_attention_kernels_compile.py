@@ -17,7 +17,7 @@ from dpo_fast_kernels.attention import triton_configs as configs
 
 # Kernel → tables without and with a softcap, what has the inputs' dtype, and whose strides it takes.
 KERNELS = {
-    "fwd": ((configs.FWD, configs.FWD), "q k v out", "qkvo"),
+    "fwd": ((configs.FWD, configs.FWD), "q k v out", "qkv"),
     "dq": ((configs.DQ, configs.DQ), "q k v out dout dq", "qkvod"),
     "dkv": ((configs.DKV, configs.DKV_SOFTCAP), "q k v dout dk dv", "qkvd"),
 }

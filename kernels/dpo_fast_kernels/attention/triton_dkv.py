@@ -1,6 +1,6 @@
 """Shared-prefix attention on the packed row itself: gradient of keys and values, and the whole backward.
 
-    dv_j = Σ_i p_ij dout_i      dk_j = scale Σ_i ds_ij q_i      p, ds and δ as in `prefix_attention_triton_dq`
+    dv_j = Σ_i p_ij dout_i      dk_j = scale Σ_i ds_ij q_i      p, ds and δ as in `triton_dq`
 
 A program makes dk and dv of a block of keys of one key head. It goes over the query heads of that head and, for each,
 over the queries from the block's first key on, up to the last that sees any of its keys. Every sum is made by one
@@ -25,18 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast_kernels._triton import Config, pick_config, tanh
-from dpo_fast_kernels.attention.triton_configs import CANDIDATES, DKV, DKV_SOFTCAP
+from dpo_fast_kernels.attention import triton_tiles as tiles
+from dpo_fast_kernels.attention.triton_configs import DKV, DKV_SOFTCAP
 from dpo_fast_kernels.attention.triton_dq import prefix_attention_dq
-from dpo_fast_kernels.attention.triton_fwd import (
-    constants,
-    load_positions,
-    load_rows,
-    score_scales,
-    strides,
-    table_key,
-    unit_columns,
-)
+from dpo_fast_kernels.attention.triton_launch import launch, score_scales, unit_columns
 
 
 @triton.jit(do_not_specialize=["T", "window"])  # they change from batch to batch
@@ -73,16 +65,12 @@ def _prefix_attention_dkv_kernel(
 ):
     start_k = tl.program_id(0) * BLOCK_K
     key_head = tl.program_id(1).to(tl.int64)
-    scale = tl.cast(scale, tl.float32)
-    inner = tl.cast(inner, tl.float32)
-    outer = tl.cast(outer, tl.float32)
     offs_k = start_k + tl.arange(0, BLOCK_K)
     offs_q = tl.arange(0, BLOCK_Q)
     offs_d = tl.arange(0, BLOCK_D)
     mask_k = offs_k < T
-    rows = offs_k.to(tl.int64)[:, None]
-    k = load_rows(k_ptr + key_head * stride_kh + rows * stride_kt + offs_d[None, :], mask_k, offs_d, True, D, BLOCK_D)
-    v = load_rows(v_ptr + key_head * stride_vh + rows * stride_vt + offs_d[None, :], mask_k, offs_d, True, D, BLOCK_D)
+    k = tiles.load_rows(tiles.row_ptrs(k_ptr, key_head, offs_k, offs_d, stride_kt, stride_kh), mask_k, offs_d, True, D)
+    v = tiles.load_rows(tiles.row_ptrs(v_ptr, key_head, offs_k, offs_d, stride_vt, stride_vh), mask_k, offs_d, True, D)
     q_rows = offs_q.to(tl.int64)[:, None] * stride_qt + offs_d[None, :]
     dout_rows = offs_q.to(tl.int64)[:, None] * stride_dt + offs_d[None, :]
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -96,7 +84,7 @@ def _prefix_attention_dkv_kernel(
         last_k = tl.minimum(start_k + BLOCK_K, T) - 1
         run_end = tl.load(spans_ptr + 3 * T + start_k)
         one_run = tl.load(spans_ptr + 3 * T + last_k) == run_end  # run_end never decreases along the row
-        position_k = load_positions(spans_ptr, offs_k, T)
+        position_k = tiles.load_positions(spans_ptr, offs_k, T)
         # A window may part them: the keys' own run as far as it reaches, later completions unless all begin behind it.
         next_position = tl.load(spans_ptr + T + run_end, mask=run_end < T, other=0) - tl.load(spans_ptr + start_k)
         reached = next_position - (last_k - tl.load(spans_ptr + 2 * T + start_k)) < window
@@ -110,8 +98,7 @@ def _prefix_attention_dkv_kernel(
         free = tl.where(one_end, tl.maximum((end_q - start_k) // BLOCK_Q - head_blocks, 0), 0)
 
     for MASKED in tl.static_range(2):
-        num_first = first_blocks - free if MASKED else free
-        num_blocks = num_first + second_blocks if MASKED else free
+        num_blocks = first_blocks - free + second_blocks if MASKED else free
         for step in range(0, GROUP * num_blocks):
             head = key_head * GROUP + step // num_blocks
             block = step % num_blocks
@@ -126,29 +113,27 @@ def _prefix_attention_dkv_kernel(
             queries = start_q + offs_q
             q_ptrs = q_ptr + head * stride_qh + start_q.to(tl.int64) * stride_qt + q_rows
             dout_ptrs = dout_ptr + head * stride_dh + start_q.to(tl.int64) * stride_dt + dout_rows
-            q = load_rows(q_ptrs, mask_q, offs_d, MASKED, D, BLOCK_D)
-            dout = load_rows(dout_ptrs, mask_q, offs_d, MASKED, D, BLOCK_D)
+            q = tiles.load_rows(q_ptrs, mask_q, offs_d, MASKED, D)
+            dout = tiles.load_rows(dout_ptrs, mask_q, offs_d, MASKED, D)
             lse = tl.load(lse_ptr + head * T + queries, mask=mask_q, other=0.0) * 1.4426950408889634
             delta = tl.load(delta_ptr + head * T + queries, mask=mask_q, other=0.0)
             # Sums that start at −lse and −δ need no registers for these beside those of the sums. In fp32 a sum that
             # starts far from 0 would lose digits.
-            if HAS_SOFTCAP:
-                capped = tanh(tl.dot(k, tl.trans(q), input_precision="ieee") * inner)
-                weights = tl.exp2(capped * outer - lse[None, :])
-            elif k.dtype == tl.float32:
-                weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * outer - lse[None, :])
+            if HAS_SOFTCAP or k.dtype == tl.float32:
+                scores = tiles.capped_products(k, q, inner, HAS_SOFTCAP)
+                weights = tl.exp2(scores * outer - lse[None, :])
             else:
                 minus_lse = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32) - (lse / outer)[None, :]
                 weights = tl.exp2(tl.dot(k, tl.trans(q), minus_lse) * outer)
             if MASKED:
                 visible = (offs_k[:, None] <= queries[None, :]) & (queries[None, :] < last[:, None])
                 if HAS_WINDOW:
-                    position_q = load_positions(spans_ptr, queries, T)
+                    position_q = tiles.load_positions(spans_ptr, queries, T)
                     visible &= position_q[None, :] - position_k[:, None] < window
                 weights = tl.where(visible, weights, 0.0)
             dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
             if HAS_SOFTCAP:
-                weights *= 1.0 - capped * capped
+                weights *= 1.0 - scores * scores
             if k.dtype == tl.float32:
                 dscores = weights * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
             else:
@@ -156,10 +141,8 @@ def _prefix_attention_dkv_kernel(
                 dscores = weights * tl.dot(v, tl.trans(dout), minus_delta)
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
 
-    outs = (rows * tl.num_programs(1) + key_head) * D + offs_d[None, :]
-    mask = mask_k[:, None] & (offs_d < D)[None, :]
-    tl.store(dk_ptr + outs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + outs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    tiles.store_rows(dk_ptr, dk * scale, key_head, offs_k, mask_k, offs_d, D)
+    tiles.store_rows(dv_ptr, dv, key_head, offs_k, mask_k, offs_d, D)
 
 
 def prefix_attention_bwd(
@@ -178,31 +161,16 @@ def prefix_attention_bwd(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if q.numel() == 0:
         return torch.empty_like(q), dk, dv
-    dout, q, k, v, out = (unit_columns(x) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = unit_columns(dout, q, k, v, out)
     dq, delta = prefix_attention_dq(dout, q, k, v, out, lse, spans, scale=scale, window=window, softcap=softcap)
-
-    def run(config: Config) -> None:
-        _prefix_attention_dkv_kernel[(triton.cdiv(k.shape[0], config["BLOCK_K"]), k.shape[1])](
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            spans,
-            dk,
-            dv,
-            q.shape[0],
-            *strides(q, k, v, dout),
-            scale,
-            *score_scales(scale, softcap),
-            window or 0,
-            **constants(q, k, window, softcap),
-            **config,
-        )
-
-    kind = (q.dtype, *table_key(q), window is not None, softcap is not None)
-    table = (DKV_SOFTCAP if softcap else DKV)[table_key(q)]
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        run(pick_config("prefix_attention_dkv", kind, table, CANDIDATES, q.device, run))
+    launch(
+        _prefix_attention_dkv_kernel,
+        lambda config: (triton.cdiv(k.shape[0], config["BLOCK_K"]), k.shape[1]),
+        DKV_SOFTCAP if softcap else DKV,
+        pointers=(q, k, v, dout, lse, delta, spans, dk, dv),
+        strided=(q, k, v, dout),
+        scales=(scale, *score_scales(scale, softcap)),
+        window=window,
+        softcap=softcap,
+    )
     return dq, dk, dv
