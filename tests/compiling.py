@@ -61,10 +61,12 @@ def compile_all(cases: Sequence[Case], capability: int, workers: int = 2) -> lis
             os.environ["TRITON_INTERPRET"] = before
 
 
-def assert_within_limits(case: Case, resources: Resources, capability: int, registers: int = 255) -> None:
-    """No spills, at most `registers` registers, shared memory that the chip has."""
+def assert_within_limits(
+    case: Case, resources: Resources, capability: int, registers: int = 255, spilled: int = 0
+) -> None:
+    """At most `registers` registers and `spilled` bytes beside them a thread, shared memory that the chip has."""
     name = f"{case.kernel} for sm_{capability} with {dict(case.types)} {dict(case.constants)}"
-    assert resources.spilled == 0, f"{name} spills {resources.spilled} bytes a thread"
+    assert resources.spilled <= spilled, f"{name} spills {resources.spilled} bytes a thread"
     assert 0 < resources.registers <= registers, f"{name} takes {resources.registers} registers"
     assert resources.shared <= SHARED_LIMIT[capability], f"{name} takes {resources.shared} bytes of shared memory"
 

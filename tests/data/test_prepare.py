@@ -118,7 +118,8 @@ def test_sharegpt_roles():
 
 def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
     row = {"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]}
-    tool_call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"where": "up"}}]}
+    # keys in the order of the alphabet, which older releases of Arrow put them into
+    tool_call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"where": "up"}, "name": "look"}]}
     dataset = Dataset.from_list(
         [
             {**row, "tools": [{"name": "a", "x": 1}], "chat_template_kwargs": {"style": "terse"}},
@@ -136,7 +137,7 @@ def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
     assert [texts(row)[0] for row in rows] == [
         '<tools>[{"name": "a", "x": 1}]</tools><style>terse</style><|user|>Is it?</s>\n<|assistant|>',
         '<tools>[{"name": "b"}]</tools><|user|>Is it?</s>\n'
-        '<|assistant|>[{"name": "look", "arguments": {"where": "up"}}]</s>\n<|assistant|>',
+        '<|assistant|>[{"arguments": {"where": "up"}, "name": "look"}]</s>\n<|assistant|>',
         "<|user|>Is it?</s>\n<|assistant|>",
     ]
 

@@ -117,6 +117,7 @@ def _train_on_a_rank(folder: Path, rank: int, port: int, steps: int, resume: boo
     """In a process of its own; what it logs goes to a file."""
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # transformers before 5.18 cannot resume on the cpu:0 of ranks
     log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
