@@ -24,12 +24,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.data.columns import WINDOW, token_tables
 from dpo_fast.errors import InputError
+from dpo_fast.reference.progress import show_pass
 from dpo_fast.reference.store.keys import CompletionKeys, key_array, prompt_keys
 from dpo_fast.reference.store.store import ReferenceStore
 
@@ -207,7 +207,7 @@ class ReferencePass:
         )  # fmt: skip
 
     def run(self, rows: pa.Table, keys: CompletionKeys, name: str | None = None) -> None:
-        """Runs on some groups that are planned together; with a name, under a progress bar."""
+        """Runs on some groups that are planned together; with a name, a person sees how far the pass is."""
         found, _, _ = self._store.lookup(keys.values)
         self.report.completions += len(np.unique(keys.values[:, 0]))
         known = self._some(np.flatnonzero(_whole(keys, found)).tolist())
@@ -215,19 +215,13 @@ class ReferencePass:
         if found.all():
             return
         units = _plan(rows, keys, found, self._layout, self._max_tokens, self._shard)
-        with tqdm(
-            total=sum(unit.cost for unit in units),
-            desc=f"Reference log-probs of {name}",
-            unit="tok",
-            unit_scale=True,
-            disable=not (units and name),
-        ) as progress:
+        with show_pass(name, sum(unit.cost for unit in units)) as have_run:
             for batch, packed, logps in _lagging(self._scored(units)):
                 bounds = packed.score_layout.host_cu_scores[1:-1].tolist()
                 pieces = np.split(_numbers(logps), bounds)
                 self._store.add(key_array([key for unit in batch for key in unit.keys]), pieces)
                 self.report.computed += len(pieces)
-                progress.update(sum(unit.cost for unit in batch))
+                have_run(sum(unit.cost for unit in batch))
 
     def _some(self, items: list[Item]) -> list[Item]:
         return self._picked.sample(items, min(AUDITED_GROUPS, len(items)))

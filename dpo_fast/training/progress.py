@@ -28,6 +28,7 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_utils import has_length
 
+from dpo_fast.reference.progress import duration
 from dpo_fast.training.metrics import NAMES
 
 # What lines call a figure → its title in the table, and how that prints it.
@@ -38,7 +39,7 @@ _COLUMNS = {
     "tokens_per_second": ("tokens/s", ","),
     "time_left": ("time left", ""),
 }
-_WIDTH = 9
+_STEP_WIDTH, _WIDTH = 20, 9  # of columns: 80 characters in all
 _END = "train_"  # what the names of the last log begin with
 _OF_AN_EVALUATION = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *NAMES)
 _SECONDS_BETWEEN_UPDATES = 0.1
@@ -49,8 +50,8 @@ def show_progress(trainer: Trainer) -> None:
     """Replace the callback by which transformers shows its logs; the table that it draws in a notebook stays."""
     callbacks = trainer.callback_handler.callbacks
     if type(callbacks[-1]) in (PrinterCallback, ProgressCallback):  # it comes after those of the user
-        has_table = sys.stdout.isatty() and not trainer.args.disable_tqdm
-        callbacks[-1] = TrainingProgress(Console() if has_table else None)
+        is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # some programs put another object there
+        callbacks[-1] = TrainingProgress(Console() if is_terminal and not trainer.args.disable_tqdm else None)
 
 
 class TrainingProgress(ProgressCallback, PrinterCallback):
@@ -74,7 +75,7 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._pace = _Pace(state, self._clock)
         if self._console is not None and state.is_world_process_zero:
-            self._print(_table(state, self._console.width, header=True))
+            self._print(_table(self._console.width, header=True))
             self._has_header = True
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -118,9 +119,9 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
             print(row.line, flush=True)
             return
         if row.has_cells and not self._has_header:  # an evaluation outside of training
-            self._print(_table(state, self._console.width, header=True))
+            self._print(_table(self._console.width, header=True))
         if row.has_cells:
-            table = _table(state, self._console.width)
+            table = _table(self._console.width)
             table.add_row(*row.cells[: len(table.columns)], style="cyan" if row.prefix else "")
             self._print(table)
         if text := row.below:
@@ -189,7 +190,7 @@ class _Pace:
         if state.global_step <= step or state.max_steps <= 0:
             return None
         seconds_per_step = (self._clock() - since) / (state.global_step - step)
-        return _duration(seconds_per_step * max(state.max_steps - state.global_step, 0))
+        return duration(seconds_per_step * max(state.max_steps - state.global_step, 0))
 
 
 @dataclass(frozen=True)
@@ -247,30 +248,24 @@ class _Row:
             figures = [f"mean loss {self.figures['loss']:.4f}"]
             if "tokens_per_second" in self.figures:
                 figures.append(f"{self.figures['tokens_per_second']:,} tokens/s")
-            return f"Step {self.step} after {_duration(self.rest['train_runtime'])}: {', '.join(figures)}."
+            return f"Step {self.step} after {duration(self.rest['train_runtime'])}: {', '.join(figures)}."
         if not self.has_cells:
             return self.line
         known = {f"{prefix}{name}" for prefix in (self.prefix, "eval_") for name in _OF_AN_EVALUATION} | {"epoch"}
         return _pairs({name: value for name, value in self.rest.items() if self.prefix and name not in known})
 
 
-def _table(state: TrainerState, room: int, header: bool = False) -> Table:
+def _table(room: int, header: bool = False) -> Table:
     """Return an empty part of the table, with the columns that fit into `room`; those of all parts are as wide."""
     table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, pad_edge=False)
-    room -= (width := max(2 * len(str(state.max_steps)) + len("/ eval"), 14))
-    table.add_column("step", width=width, no_wrap=True)
-    for title, _ in list(_COLUMNS.values())[: room // (_WIDTH + 3)]:  # three spaces between columns
+    table.add_column("step", width=_STEP_WIDTH, no_wrap=True)
+    for title, _ in list(_COLUMNS.values())[: (room - _STEP_WIDTH) // (_WIDTH + 3)]:  # three spaces between columns
         table.add_column(title, width=_WIDTH, justify="right", no_wrap=True)
     return table
 
 
 def _step(state: TrainerState) -> str:
     return f"{state.global_step}/{state.max_steps}" if state.max_steps > 0 else str(state.global_step)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

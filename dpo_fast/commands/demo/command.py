@@ -104,7 +104,6 @@ def _arguments(output: Path, seed: int) -> DPOConfig:
         save_strategy="no",
         logging_steps=2,
         gradient_checkpointing=False,
-        dataloader_pin_memory=gpu,
         report_to=[],
     )
 
