@@ -215,7 +215,8 @@ class ReferencePass:
         if found.all():
             return
         units = _plan(rows, keys, found, self._layout, self._max_tokens, self._shard)
-        with show_pass(name, sum(unit.cost for unit in units)) as have_run:
+        title = name and f"Reference log-probs of {name}"
+        with show_pass(title, sum(unit.cost for unit in units), "tokens") as have_run:
             for batch, packed, logps in _lagging(self._scored(units)):
                 bounds = packed.score_layout.host_cu_scores[1:-1].tolist()
                 pieces = np.split(_numbers(logps), bounds)

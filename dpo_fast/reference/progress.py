@@ -1,4 +1,4 @@
-"""What a person sees of the reference pass, on stderr: a bar on a terminal, a line per minute elsewhere."""
+"""What a person sees of a pass over data, on stderr: a bar on a terminal, a line per minute elsewhere."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ SECONDS_BETWEEN_LINES = 60.0
 
 @contextmanager
 def show_pass(
-    name: str | None, total: int, clock: Callable[[], float] = time.monotonic
+    title: str | None, total: int, unit: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told of the tokens that have run, and shows their share of `total`.
+    """Yield a function that is told how many more units are done, and shows their share of `total`.
 
-    Nothing is shown for a dataset without a name, by other processes of a machine than the first, or with
-    `TQDM_DISABLE=1`, which also silences the bars of other libraries.
+    Nothing is shown without a title, by other processes of a machine than the first, or with `TQDM_DISABLE=1`, which
+    also silences the bars of other libraries.
     """
     silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0") or os.environ.get("LOCAL_RANK", "0") != "0"
     console = Console(stderr=True)
-    if silent or name is None or not total:
-        yield lambda tokens: None
+    if silent or not title or not total:
+        yield lambda more: None
     elif console.is_terminal:
         with Progress(console=console, redirect_stdout=False, redirect_stderr=False, refresh_per_second=4) as bar:
-            yield functools.partial(bar.advance, bar.add_task(f"Reference log-probs of {name}", total=total))
+            yield functools.partial(bar.advance, bar.add_task(title, total=total))
     else:
-        yield _Lines(name, total, clock).count
+        yield _Lines(title, total, unit, clock).count
 
 
 class _Lines:
-    """Prints how far a pass is as `key=value` pairs, where a minute has gone by since the last line."""
+    """Prints how far a pass is, a minute after the last line."""
 
-    def __init__(self, name: str, total: int, clock: Callable[[], float]) -> None:
-        self._name, self._total, self._clock = name, total, clock
+    def __init__(self, title: str, total: int, unit: str, clock: Callable[[], float]) -> None:
+        self._title, self._total, self._unit, self._clock = title, total, unit, clock
         self._done, self._began = 0, clock()
         self._printed = self._began
 
-    def count(self, tokens: int) -> None:
-        self._done += tokens
+    def count(self, more: int) -> None:
+        self._done += more
         now = self._clock()
         if now < self._printed + SECONDS_BETWEEN_LINES:
             return
         left = duration((now - self._began) * (self._total - self._done) / self._done)
-        line = f"reference_log_probs={self._name} tokens={self._done}/{self._total} time_left={left}"
-        print(line, file=sys.stderr, flush=True)
+        done = f"{self._title}: {self._done:,} of {self._total:,} {self._unit}, {left} left"
+        print(done, file=sys.stderr, flush=True)
         self._printed = now
 
 

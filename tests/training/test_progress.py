@@ -312,38 +312,38 @@ def test_every_event_that_transformers_shows_something_at_is_ours():
         assert events and events <= set(vars(TrainingProgress))
 
 
-# ---- the reference pass ----
+# ---- passes over data ----
 
 
-def test_the_reference_pass_prints_a_line_per_minute_where_there_is_no_terminal(capsys):
+def test_a_pass_prints_a_line_per_minute_where_there_is_no_terminal(capsys):
     now = [0.0]
-    with show_pass("train", 1000, clock=lambda: now[0]) as have_run:
+    with show_pass("Samples", 10_000, "prompts", clock=lambda: now[0]) as are_done:
         for _ in range(10):
             now[0] += SECONDS_BETWEEN_LINES / 2
-            have_run(100)
+            are_done(1000)
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 5
-    assert err.splitlines()[0] == "reference_log_probs=train tokens=200/1000 time_left=0:04:00"
+    assert err.splitlines()[0] == "Samples: 2,000 of 10,000 prompts, 0:04:00 left"
 
 
 @pytest.mark.parametrize(
-    ("name", "variables", "is_shown"),
+    ("title", "variables", "is_shown"),
     [
-        ("train", {}, True),
+        ("Samples", {}, True),
         (None, {}, False),
-        ("train", {"TQDM_DISABLE": "1"}, False),
-        ("train", {"LOCAL_RANK": "1"}, False),
+        ("Samples", {"TQDM_DISABLE": "1"}, False),
+        ("Samples", {"LOCAL_RANK": "1"}, False),
     ],
 )
-def test_the_bar_of_the_reference_pass_is_silent_where_nobody_wants_it(monkeypatch, capsys, name, variables, is_shown):
+def test_the_bar_of_a_pass_is_silent_where_nobody_wants_it(monkeypatch, capsys, title, variables, is_shown):
     for variable in ("TQDM_DISABLE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
-    with show_pass(name, 100) as have_run:
+    with show_pass(title, 100, "tokens") as have_run:
         have_run(100)
-    assert ("Reference log-probs of train" in capsys.readouterr().err) == is_shown
+    assert ("Samples" in capsys.readouterr().err) == is_shown
 
 
 # ---- the command ----

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.model.forward import add_dpo_forward
+from dpo_fast.reference.progress import show_pass
 
 MAX_NEW_TOKENS = 32
 TEMPERATURE = 0.8  # at 1 a model of this size writes little sense
@@ -51,26 +50,27 @@ def draw_samples(
     model.eval()
     tokenizer.padding_side = "left"
     repeated, texts, groups = [], [], []
-    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-    for start in track(starts, f"Samples {name}", console=Console(stderr=True)):
-        part = list(prompts[start : start + PROMPTS_AT_ONCE])
-        inputs = tokenizer(part, return_tensors="pt", padding=True).to(model.device)
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=0,
-            top_p=TOP_P,
-            num_return_sequences=per_prompt,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, inputs["input_ids"].shape[1] :].cpu()
-        for index, row in enumerate(ids):
-            prompt = part[index // per_prompt]
-            completion = _until_end(row.tolist(), tokenizer.eos_token_id)
-            repeated.append(prompt)
-            texts.append(tokenizer.decode(completion, skip_special_tokens=True))
-            groups.append(PreferenceGroup(tokenizer(prompt)["input_ids"], [completion], (), ()))
+    with show_pass(f"Samples {name}", len(prompts), "prompts") as are_done:
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            part = list(prompts[start : start + PROMPTS_AT_ONCE])
+            inputs = tokenizer(part, return_tensors="pt", padding=True).to(model.device)
+            ids = model.generate(
+                **inputs,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_k=0,
+                top_p=TOP_P,
+                num_return_sequences=per_prompt,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, inputs["input_ids"].shape[1] :].cpu()
+            for index, row in enumerate(ids):
+                prompt = part[index // per_prompt]
+                completion = _until_end(row.tolist(), tokenizer.eos_token_id)
+                repeated.append(prompt)
+                texts.append(tokenizer.decode(completion, skip_special_tokens=True))
+                groups.append(PreferenceGroup(tokenizer(prompt)["input_ids"], [completion], (), ()))
+            are_done(len(part))
     return Samples(repeated, texts, sentiment(texts), groups)
 
 
