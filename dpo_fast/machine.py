@@ -48,23 +48,33 @@ def free_memory(device: torch.device) -> int:
     return min(limit - used, psutil.virtual_memory().available)
 
 
-def reset_peak_memory() -> None:
-    """Let `peak_memory` start anew."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` of `device` again, from what is in use now."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of resident memory
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the most bytes used since the last reset: of PyTorch's allocator on a GPU, resident (VmHWM) on a CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the bytes in use now: of PyTorch's allocator on a GPU, resident (VmRSS) on a CPU."""
+    import torch
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory("VmRSS")
+
+
+def process_memory(name: str) -> int:
+    """Return a figure of this process in bytes, by its name in Linux's `/proc/self/status`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 
 import pytest
+import torch
 from datasets import Dataset, load_from_disk
 from test_bench_positions import GROUPS, prepared
 
@@ -22,13 +24,21 @@ from dpo_fast.commands.bench import command, peers, turns, worker
 from dpo_fast.commands.bench.figures import settings_figures
 from dpo_fast.commands.bench.positions import count_positions, lengths_only
 from dpo_fast.commands.bench.settings import Setting, Trial, fastest, try_settings
-from dpo_fast.commands.bench.turns import Side, SideError, check_losses, compare, loss_tolerance
-from dpo_fast.commands.bench.worker import Failure, Job, Report
+from dpo_fast.commands.bench.turns import (
+    TrainerError,
+    TrainerProcess,
+    check_losses,
+    compare,
+    each_alone,
+    loss_tolerance,
+)
+from dpo_fast.commands.bench.worker import Failure, Report, TrainJob
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import prepare_dataset
 from families import tiny_model, tiny_tokenizer
 from preferences import pairs
 
+OURS = "dpo_fast.commands.bench.trainers:dpo_fast"
 OWN = Setting(2, 2, None, True)
 NO_MEMORY = Failure("OutOfMemoryError: gone", out_of_memory=True)
 
@@ -36,12 +46,13 @@ NO_MEMORY = Failure("OutOfMemoryError: gone", out_of_memory=True)
 # ---- taking turns ----
 
 
-def report(losses=(0.7, 0.6), seconds=(1.0,), memory=2**30, layout="shared") -> Report:
-    return Report(list(losses), list(seconds), [10] * len(seconds), memory, layout)
+def report(losses=(0.7, 0.6), seconds=(1.0,), memory=2**30) -> Report:
+    log = [{"loss": loss} for loss in losses]
+    return Report(log, list(seconds), [10] * len(seconds), memory, 1.0, {"layout": "shared"})
 
 
-class FakeSide:
-    """Stands in for a process: a job's only flag says what becomes of it; `together` is how many fit the memory."""
+class FakeProcess:
+    """Stands in for a process: a job's only argument says what becomes of it; `together` is how many fit the memory."""
 
     log: list[str] = []
     running = 0
@@ -51,57 +62,66 @@ class FakeSide:
         return self
 
     def __exit__(self, *error):
-        FakeSide.running -= self.started
+        FakeProcess.running -= self.started
 
     started = False
 
     def start(self, job):
-        self.what, self.started = job.flags[0], True
-        FakeSide.running += 1
+        (self.what,), self.started = job.arguments, True
+        FakeProcess.running += 1
         self.log.append(f"start {self.what}")
-        if FakeSide.running > FakeSide.together:
-            raise SideError(NO_MEMORY)
+        if FakeProcess.running > FakeProcess.together:
+            raise TrainerError(NO_MEMORY)
         if self.what == "refused":
-            raise SideError(Failure("ValueError: not this one", refused=True))
+            raise TrainerError(Failure("ValueError: not this one", refused=True))
 
     def step(self):
         self.log.append(self.what)
         if self.what == "huge":
-            raise SideError(NO_MEMORY)
+            raise TrainerError(NO_MEMORY)
 
     def finish(self):
         return report()
 
 
 @pytest.fixture
-def fake_sides(monkeypatch):
-    monkeypatch.setattr(turns, "Side", FakeSide)
+def processes(monkeypatch):
+    monkeypatch.setattr(turns, "TrainerProcess", FakeProcess)
     for name, value in (("log", []), ("running", 0), ("together", 9)):
-        monkeypatch.setattr(FakeSide, name, value)
-    return FakeSide
+        monkeypatch.setattr(FakeProcess, name, value)
+    return FakeProcess
 
 
-def jobs(*names: str) -> dict[str, Job]:
-    return {name: Job("dpo_fast", [name], "") for name in names}
+def jobs(*names: str, steps: int = 1) -> dict[str, TrainJob]:
+    return {name: TrainJob("", (name,), steps) for name in names}
 
 
-def test_sides_take_turns_and_one_that_refuses_stays_out(fake_sides):
-    found = compare(jobs("a", "refused", "b"), 2)
-    assert fake_sides.log == ["start a", "start refused", "start b", *["a", "b"] * 3]
-    assert set(found.reports) == {"a", "b"} and found.failures["refused"].refused and found.in_turns
+def test_jobs_take_turns_and_one_that_refuses_stays_out(processes):
+    tried = jobs("a", "refused", "b", steps=2)
+    found = compare(tried, required=["a"])
+    assert processes.log == ["start a", "start refused", "start b", *["a", "b"] * 3]
+    assert list(found.reports) == ["a", "b"] and found.failures["refused"].refused and found.in_turns
+    processes.log.clear()
+    with pytest.raises(TrainerError, match="^refused: ValueError: not this one$"):
+        compare(tried, required=tried)
+    assert processes.log == ["start a", "start refused"], "nothing runs for nothing"
 
 
-def test_sides_that_do_not_fit_together_run_alone(fake_sides):
-    fake_sides.together = 1
-    found = compare(jobs("a", "b"), 1)
-    assert fake_sides.log == ["start a", "start b", "start a", "a", "a", "start b", "b", "b"]
-    assert set(found.reports) == {"a", "b"} and not found.failures and not found.in_turns
+def test_jobs_that_do_not_fit_together_run_alone(processes):
+    processes.together = 1
+    found = compare(jobs("a", "b"))
+    assert processes.log == ["start a", "start b", *["start b", "b", "b"], *["start a", "a", "a"]]
+    assert list(found.reports) == ["a", "b"] and not found.failures and not found.in_turns
 
 
-def test_what_does_not_even_fit_alone_is_no_report(fake_sides):
-    found = compare(jobs("a", "huge"), 1)
-    assert set(found.reports) == {"a"} and found.failures == {"huge": NO_MEMORY}
-    assert compare(jobs("huge"), 1).failures == {"huge": NO_MEMORY}
+def test_the_others_take_turns_without_a_job_that_does_not_even_fit_alone(processes):
+    found = compare(jobs("a", "huge", "b"), required=["huge"])
+    assert processes.log[-6:] == ["start a", "start b", "a", "b", "a", "b"] and found.in_turns
+    assert list(found.reports) == ["a", "b"] and found.failures == {"huge": NO_MEMORY}
+    assert compare(jobs("huge")).failures == {"huge": NO_MEMORY}
+    apart = each_alone(jobs("a", "huge", "b"))
+    assert processes.log[-8:] == ["start a", "a", "a", "start huge", "huge", "start b", "b", "b"]
+    assert list(apart.reports) == ["a", "b"] and apart.failures == {"huge": NO_MEMORY} and not apart.in_turns
 
 
 def test_losses_that_differ_are_refused():
@@ -121,27 +141,44 @@ def test_losses_in_half_precision_may_differ_by_its_noise():
     assert loss_tolerance(False, 0.1, 10**6) == 0.02 and loss_tolerance(False, 9.0, 1) == 0.5
 
 
-def _killed(pipe):
-    pipe.recv()
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(
+    ("signal_number", "no_memory"), [(signal.SIGKILL, True), (signal.SIGABRT, True), (signal.SIGTERM, False)]
+)
+def test_a_process_that_the_machine_kills_ran_out_of_memory(monkeypatch, signal_number, no_memory):
+    """A forked process, which need not import anything."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(turns.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(
+        turns, "work", lambda pipe: (pipe.recv(), faulthandler.disable(), os.kill(os.getpid(), signal_number))
+    )
+    with TrainerProcess() as process, pytest.raises(TrainerError, match=signal_number.name) as error:
+        process.start(TrainJob("", (), 1))
+    assert error.value.failure.out_of_memory is no_memory
 
 
-@pytest.mark.slow
-def test_a_process_that_the_machine_kills_ran_out_of_memory(monkeypatch):
-    monkeypatch.setattr(turns, "work", _killed)
-    with Side() as side, pytest.raises(SideError) as error:
-        side.start(Job("dpo_fast", [], ""))
-    assert error.value.failure.out_of_memory
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("shape '[3]' is invalid"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_errors(error, expected):
+    assert worker.out_of_memory(error) is expected
 
 
-def test_trials_share_a_process_until_the_memory_ends(fake_sides, monkeypatch):
+def test_trials_share_a_process_until_the_memory_ends(processes, monkeypatch):
     made = []
-    monkeypatch.setattr(turns, "Side", lambda: made.append(FakeSide()) or made[-1])
-    tried = list(turns.one_after_another([*jobs("a", "b", "huge", "c").values()], 1))
+    monkeypatch.setattr(turns, "TrainerProcess", lambda: made.append(FakeProcess()) or made[-1])
+    tried = list(turns.one_after_another([*jobs("a", "b", "huge", "c").values()]))
     assert [isinstance(found, Report) for found in tried] == [True, True, False, True] and len(made) == 2
-    assert fake_sides.log == ["start a", "a", "a", "start b", "b", "b", "start huge", "huge", "start c", "c", "c"]
-    with pytest.raises(SideError, match="not this one"):
-        list(turns.one_after_another([*jobs("refused").values()], 1))
+    assert processes.log == ["start a", "a", "a", "start b", "b", "b", "start huge", "huge", "start c", "c", "c"]
+    with pytest.raises(TrainerError, match="not this one"):
+        list(turns.one_after_another([*jobs("refused").values()]))
 
 
 def test_a_process_trains_and_goes_on_after_a_job_that_fails(folder):
@@ -150,18 +187,18 @@ def test_a_process_trains_and_goes_on_after_a_job_that_fails(folder):
     rows.save_to_disk("rows")
     flags = [*FLAGS, "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--output_dir", "out"]
     flags += ["--train_sampling_strategy", "sequential"]
-    with Side() as side:
-        with pytest.raises(SideError, match="beta=-1.0") as error:
-            side.start(Job("dpo_fast", [*flags, "--beta", "-1"], "rows"))
+    with TrainerProcess() as process:
+        with pytest.raises(TrainerError, match="beta=-1.0") as error:
+            process.start(TrainJob(OURS, ([*flags, "--beta", "-1"], "rows"), 1))
         assert error.value.failure.refused and not error.value.failure.out_of_memory
-        side.start(Job("dpo_fast", flags, "rows"))
-        seconds = [side.step(), side.step()]
-        found = side.finish()
+        process.start(TrainJob(OURS, (flags, "rows"), 1))
+        seconds = [process.step(), process.step()]
+        found = process.finish()
     assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6) and found.losses[1] != found.losses[0]
     assert found.positions == [sum(group.num_tokens() for group in lengths_only(rows)[4:])]
-    assert found.seconds == seconds[1:] and found.layout == "shared" and found.peak_memory > 2**27
+    assert found.seconds == seconds[1:] and found.notes == {"layout": "shared"} and found.peak_memory > 2**27
     with pytest.raises(OSError):
-        side.step()
+        process.step()
 
 
 # ---- settings ----
@@ -281,18 +318,21 @@ def measured(monkeypatch):
     reports = {name: report([0.7, 0.6, 0.5], [t, t]) for name, t in (("dpo_fast", 1.0), ("padded", 2.0), ("trl", 3.0))}
     asked = {}
 
-    def fake_compare(jobs, steps):
+    def fake_compare(jobs, required):
         asked.update(jobs)
-        reports["rows"] = load_from_disk(jobs["dpo_fast"].rows).to_list()
+        reports["rows"] = load_from_disk(jobs["dpo_fast"].arguments[1]).to_list()
         failures = {name: reports[name] for name in jobs if isinstance(reports[name], Failure)}
+        for name in required:
+            if name in failures and not failures[name].out_of_memory:
+                raise TrainerError(failures[name], name)
         return turns.Comparison({name: reports[name] for name in jobs if name not in failures}, failures, True)
 
     monkeypatch.setattr(command, "compare", fake_compare)
 
-    def fake_trials(jobs, steps):
+    def fake_trials(jobs):
         for job in jobs:
-            reports["tried"] = load_from_disk(job.rows).to_list()
-            yield report([0.7] * (steps + 1), [1.0] * steps)
+            reports["tried"] = load_from_disk(job.arguments[1]).to_list()
+            yield report([0.7] * job.all_steps, [1.0] * job.steps)
 
     monkeypatch.setattr(command, "one_after_another", fake_trials)
     reports["asked"] = asked
@@ -381,7 +421,7 @@ def test_without_trl_the_padded_layout_is_the_other_side(folder, capsys, monkeyp
 
 def test_nothing_that_fits_is_said(folder, capsys, monkeypatch, measured):
     measured |= dict.fromkeys(("dpo_fast", "padded", "trl"), NO_MEMORY)
-    monkeypatch.setattr(command, "one_after_another", lambda jobs, steps: (NO_MEMORY for _ in jobs))
+    monkeypatch.setattr(command, "one_after_another", lambda jobs: (NO_MEMORY for _ in jobs))
     out, result = run_bench(capsys)
     assert "None of these settings fits" in out and out.count("does not fit") == 3, "own, and each smallest cut"
     assert result["settings"]["flags"] is None and result["settings"]["expected_speedup"] == {}
@@ -391,9 +431,9 @@ def test_every_side_gets_the_rows_and_the_settings(folder, capsys, monkeypatch, 
     monkeypatch.setattr(peers, "_installed_release", lambda: "1.16.0")
     _, result = run_bench(capsys, "--beta", "0.3", "--max_steps", "3", "--group_by_prompt")
     asked = measured["asked"]
-    assert len({job.rows for job in asked.values()}) == 1 and asked["trl"].trainer == "trl"
+    assert len({job.arguments[1] for job in asked.values()}) == 1 and asked["trl"].trainer.endswith("trainers:trl")
     for name, job in asked.items():
-        config = parse_train_arguments(list(job.flags)).config
+        config = parse_train_arguments(list(job.arguments[0])).config
         assert (config.beta, config.max_steps, config.group_by_prompt) == (0.3, 4, False)
         assert config.layout == ("padded" if name == "padded" else "auto")
     assert result["measured"]["steps"] == 3
@@ -431,7 +471,7 @@ def test_a_side_without_a_report_is_one_line(folder, capsys, monkeypatch, measur
     measured["dpo_fast"] = Failure("ValueError: loss_type is odd", refused=True)
     assert cli.main(["bench", *FLAGS]) == 2 and "loss_type is odd" in capsys.readouterr().err
     measured["dpo_fast"] = Failure("KeyError: 'bug'")
-    with pytest.raises(SideError, match="bug"):
+    with pytest.raises(TrainerError, match="bug"):
         cli.main(["bench", *FLAGS])
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: hardware and versions it ran on, medians with their spread, a dated result file.
+"""Result files: hardware and versions, medians with their spread, the summary of a folder.
 
     python benchmarks/run.py summary FOLDER
 
@@ -7,13 +7,12 @@ prints a short table of what this machine's newest results in a folder say.
 
 from __future__ import annotations
 
+import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dpo_fast.commands.bench import measurement
 
 RESULTS = Path(__file__).parents[2] / "results"
 PACKAGES = (
@@ -30,7 +31,7 @@ PACKAGES = (
 
 
 def hardware() -> str:
-    """A short name of the machine, fit for a file name."""
+    """Return a short name of the machine, fit for a file name."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-{_cpu_features()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -44,13 +45,7 @@ def _cpu_features() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device, commit and command line: what a figure must be quoted with."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Return versions, device, commit and command line, which a figure must be quoted with."""
     try:
         describe = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -63,20 +58,17 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": commit,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions,
+        "versions": measurement.versions(PACKAGES),
     }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median with the 20th and 80th percentile."""
-    if len(values) == 1:
-        return {"median": values[0], "p20": values[0], "p80": values[0], "count": 1}
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "count": len(values)}
+    """Return the median with the 20th and 80th percentile, and the number of values."""
+    return {**measurement.spread(values), "count": len(values)}
 
 
 def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `<date>_<hardware>_<question>.json` and returns its path."""
+    """Write `<date>_<hardware>_<question>.json` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today().isoformat()}_{hardware()}_{question}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -84,7 +76,7 @@ def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) 
 
 
 def summary(folder: Path) -> list[str]:
-    """Returns the short table of this machine's newest result for each question, as lines.
+    """Return the short table of this machine's newest result for each question, as lines.
 
     A result's own `summary` is taken, a list of lines; where it has none, its figures that stand by themselves.
     """
@@ -102,4 +94,6 @@ def summary(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(summary(Path(sys.argv[1]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of result files")
+    print("\n".join(summary(parser.parse_args().folder)))

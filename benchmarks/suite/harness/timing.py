@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_fast.machine import peak_memory, reset_peak_memory, used_memory
 from suite.harness.results import spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,9 +147,9 @@ class Stopwatch:
         if result.requires_grad:
             result.backward()
         marks.append(self._mark())
-        peak = self._peak_memory()
+        peak = None if before is None else peak_memory(self._device)
         first, second = (self._milliseconds(*pair) for pair in zip(marks, marks[1:], strict=False))
-        return Repeat(first, second, None if peak is None or before is None else max(0, peak - before))
+        return Repeat(first, second, None if peak is None else max(0, peak - before))
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -166,25 +167,11 @@ class Stopwatch:
     def _start_memory(self) -> int | None:
         if self._cuda:
             torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.memory_allocated(self._device)
         try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
+            reset_peak_memory(self._device)
+        except OSError:  # Linux alone tells
             return None
-        return _resident("VmRSS")
-
-    def _peak_memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device) if self._cuda else _resident("VmHWM")
-
-
-def _resident(name: str) -> int | None:
-    """Bytes of one line of this process's status; None where there is no such file."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+        return used_memory(self._device)
 
 
 def take_turns(
@@ -223,14 +210,6 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
         square += (a.double() - b).square().sum()
         norm += b.square().sum()
     return (square / norm).sqrt().item()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; on a CPU, what the kernel thinks it can hand out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def import_error(*modules: str) -> str | None:

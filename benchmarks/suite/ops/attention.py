@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.machine import peak_memory, reset_peak_memory, used_memory
 from dpo_fast_kernels import PrefixLayout, prefix_attention
 from dpo_fast_kernels.specification import prefix_attention_reference
 from suite.harness.results import environment, spread, write_result
@@ -213,7 +214,7 @@ def measure(
     for name, others in (("plain", plain_groups(groups)), ("duplicated", duplicated_groups(groups))):
         lengths = [sum(group) for group in others]
         steps[name] = (causal(lengths, device, dtype), inputs(sum(lengths), heads, dtype, device), others)
-    memory = {name: peak_memory(attention, tensors, device) for name, (attention, tensors, _) in steps.items()}
+    memory = {name: step_memory(attention, tensors, device) for name, (attention, tensors, _) in steps.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(times["plain"]) < 3:
@@ -258,15 +259,16 @@ def timed_step(attention: Attention, tensors: Sequence[Tensor], device: str) -> 
     return start.elapsed_time(middle), middle.elapsed_time(end)
 
 
-def peak_memory(attention: Attention, tensors: Sequence[Tensor], device: str) -> float | None:
-    """MiB that a step takes beside its inputs, after one that compiled and warmed up."""
+def step_memory(attention: Attention, tensors: Sequence[Tensor], device: str) -> float | None:
+    """Return the MiB that a step takes beside its inputs, after one that compiled and warmed up."""
     timed_step(attention, tensors, device)
     if device == "cpu":
         return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    place = torch.device(device)
+    before = used_memory(place)
+    reset_peak_memory(place)
     timed_step(attention, tensors, device)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return (peak_memory(place) - before) / 2**20
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_fast.machine import free_memory
 from dpo_fast_kernels import SequenceLoss, linear_logps, linear_preference_loss
 from dpo_fast_kernels.head.gemm import Gemm
 from dpo_fast_kernels.head.score_layout import group_tiles
 from dpo_fast_kernels.head.tiles import TileMemory, group_tile_rows, tile_rows, tile_slices
-from suite.harness.timing import free_bytes, import_error
+from suite.harness.timing import import_error
 from suite.ops.head_problem import BETA, HeadProblem, dpo
 
 MODES = ("trainable", "frozen", "forward")  # head trains, only hidden does, nothing does
@@ -269,7 +270,7 @@ def _liger_dpo_missing(problem: HeadProblem) -> str | None:
 
 def _too_large(what: str, size: Callable[[HeadProblem], int]):
     def missing(problem: HeadProblem) -> str | None:
-        needed, free = size(problem), free_bytes(problem.device)
+        needed, free = size(problem), free_memory(problem.device)
         if needed <= free // 3:
             return None
         return f"{what} take {needed / 2**30:.1f} GiB, more than a third of the {free / 2**30:.1f} GiB that are free"

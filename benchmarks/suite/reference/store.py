@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_fast.machine import process_memory
 from dpo_fast.reference.store.files import Folder, is_index
 from dpo_fast.reference.store.parts import sequence_logp, write_part
 from dpo_fast.reference.store.store import ReferenceStore
@@ -206,6 +206,5 @@ def measure(root: str, rows: int) -> dict[str, float]:
 
 
 def peak_mib() -> float:
-    """Of this process since it began; getrusage would count what the process that started it had."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+    """Return the peak of this process since it began; getrusage would count what the process that started it had."""
+    return process_memory("VmHWM") / 2**20

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
@@ -22,7 +23,8 @@ from typing import Any
 from suite.harness.results import RESULTS, environment, write_result
 from suite.training.models import model_config
 from suite.training.setting import PROVIDER_NAMES, Setting
-from suite.training.side import Side
+from suite.training.side import measure
+from suite.training.summary import record
 from suite.training.workloads import dataset_groups, save_rows
 
 
@@ -55,8 +57,11 @@ def main() -> None:
             vocab_size=model_config(model).get_text_config().vocab_size,
         )
         save_rows(list(islice(cycle(rows), count)), folder)
-        reports = {name: train(name, model, folder, options) for name in ("dpo_fast", options.against)}
-    curves = {name: {key: report[key] for key in ("losses", "gradient_norms")} for name, report in reports.items()}
+        measured = measure({name: setting(name, model, options) for name in ("dpo_fast", options.against)}, folder)
+    if measured.failures:
+        sys.exit(f"does not fit: {', '.join(measured.failures)}; lower batch_size or max_length")
+    records = {name: record(report) for name, report in measured.reports.items()}
+    curves = {name: {key: each[key] for key in ("losses", "gradient_norms")} for name, each in records.items()}
     largest = largest_difference(*(curve["losses"] for curve in curves.values()))
     result = {
         "question": "the course of training, step by step",
@@ -72,9 +77,9 @@ def main() -> None:
     print(json.dumps({"file": str(path), "largest_loss_difference": largest}))
 
 
-def train(name: str, model: str, folder: str, options: argparse.Namespace) -> Mapping[str, Any]:
-    """The report of one trainer, after all of its steps."""
-    setting = Setting(
+def setting(name: str, model: str, options: argparse.Namespace) -> Setting:
+    """Return the setting of one trainer."""
+    return Setting(
         name,
         model,
         options.batch_size,
@@ -83,14 +88,6 @@ def train(name: str, model: str, folder: str, options: argparse.Namespace) -> Ma
         watched=False,
         learning_rate=options.learning_rate,
     )
-    side = Side(setting, folder)
-    try:
-        side.start()
-        for _ in range(setting.all_steps):
-            side.step()
-        return side.finish()
-    finally:
-        side.stop()
 
 
 def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -98,7 +95,7 @@ def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def draw(curves: Mapping[str, Sequence[float]], result: Mapping[str, Any], path: Path) -> None:
-    """Running means of 20 losses over each other, and the difference of every step."""
+    """Draw running means of 20 losses over each other, and the difference of every step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
+from dpo_fast.machine import peak_memory, reset_peak_memory
 from suite.harness.results import RESULTS, environment, spread, write_result
 
 SIZES = {
@@ -100,7 +101,8 @@ def train(layout: str, rows: Dataset, options: argparse.Namespace) -> dict[str, 
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[options.size], vocab_size=VOCABULARY[options.size], max_position_embeddings=8192)
     cuda = torch.cuda.is_available()
-    with torch.device("cuda" if cuda else "cpu"):
+    device = torch.device("cuda" if cuda else "cpu")
+    with device:
         model = AutoModelForCausalLM.from_config(config)
     clock: list[float] = []
 
@@ -137,14 +139,14 @@ def train(layout: str, rows: Dataset, options: argparse.Namespace) -> dict[str, 
             callbacks=[Clock()],
         )
         if cuda:
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak_memory(device)
         trainer.train()
     seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
     report = {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "seconds_per_step": spread(seconds),
         "pairs_per_second": options.batch_size * len(seconds) / sum(seconds),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "peak_memory_gib": peak_memory(device) / 2**30 if cuda else 0.0,
     }
     del trainer, model
     gc.collect()

@@ -1,4 +1,4 @@
-"""What one more step, that no figure of speed counts, tells: host syncs, and where its time goes.
+"""Host syncs and time by part, of one more step that no figure of speed counts.
 
 Parts, from hooks on the model and marks on a clock (events of the stream on a GPU, so nothing waits):
 
@@ -12,7 +12,7 @@ Parts, from hooks on the model and marks on a clock (events of the stream on a G
 
 A host sync is where the host waits for the device. On a GPU PyTorch's sync debug mode reports them. On a CPU, where
 none waits, they are the operations that would: those whose result or size the host must know (`.item()`, `nonzero`, a
-boolean index), outside the collator, which runs on the host anyway.
+boolean index), once the data are there: collating runs on the host anyway.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _Instant = Any  # seconds on a CPU, an event on a GPU
 
 
 class CountHostReads(TorchDispatchMode):
-    """Counts the operations that would make a host wait for a GPU, while it is entered and not `paused`."""
+    """Counts the operations that would make a host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.paused = 0, False
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not self.paused and _host_reads(func, args)
+        self.count += _host_reads(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -53,8 +53,6 @@ def _host_reads(func: Any, args: tuple) -> bool:
 
 class _CountSyncs(ExitStack):
     """Counts the warnings of CUDA's sync debug mode."""
-
-    paused = False
 
     def __enter__(self) -> _CountSyncs:
         super().__enter__()
@@ -70,13 +68,24 @@ class _CountSyncs(ExitStack):
 
 
 class StepProbe:
-    """Watches one optimizer step: `open` before it, `data_ready` when its micro-batches are, `close` after it."""
+    """Watches one optimizer step of a model, from its construction to `close`.
 
-    def __init__(self, model: nn.Module):
-        self._model, self._cuda = model, torch.cuda.is_available()
+    Args:
+        model: the model that the training loop calls.
+        logging_seconds: seconds that the log of the step before took.
+    """
+
+    def __init__(self, model: nn.Module, logging_seconds: float):
+        self._model, self._logging_seconds, self._cuda = model, logging_seconds, torch.cuda.is_available()
         self._spans: dict[str, list[tuple[_Instant, _Instant]]] = defaultdict(list)
         self._hooks = ExitStack()
         self._reads: CountHostReads | _CountSyncs = _CountSyncs() if self._cuda else CountHostReads()
+        self._mark_modules()
+        self._mark_backward()
+        self._mark_optimizer()
+        if self._cuda:
+            self._hooks.enter_context(self._reads)
+        self._began = self._now()
 
     def _now(self) -> _Instant:
         if not self._cuda:
@@ -88,27 +97,21 @@ class StepProbe:
     def _seconds(self, began: _Instant, ended: _Instant) -> float:
         return began.elapsed_time(ended) / 1000 if self._cuda else ended - began
 
-    def open(self) -> None:
-        self._mark_modules()
-        self._mark_backward()
-        self._mark_optimizer()
-        self._hooks.enter_context(self._reads)
-        self._began = self._now()
-
-    def pause_counting(self, paused: bool) -> None:
-        self._reads.paused = paused
-
     def data_ready(self) -> None:
+        """Note that the micro-batches of the step are on the device."""
         self._spans["data"].append((self._began, self._now()))
+        if not self._cuda:
+            self._hooks.enter_context(self._reads)
 
     def close(self) -> dict[str, Any]:
-        """Host syncs of the step, and its seconds by part."""
+        """Return the host syncs of the step and its seconds by part, after its end."""
         ended = self._now()
         self._hooks.close()
         if self._cuda:
             torch.cuda.synchronize()
         parts = {part: sum(self._seconds(*span) for span in self._spans[part]) for part in PARTS[:-2]}
         parts["rest"] = max(0.0, self._seconds(self._began, ended) - sum(parts.values()))
+        parts["logging"] = self._logging_seconds
         return {"host_syncs": self._reads.count, "seconds_by_part": parts}
 
     def _mark_modules(self) -> None:
@@ -175,6 +178,6 @@ class StepProbe:
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """The decoder under adapters and heads."""
+    """Return the decoder under adapters and heads."""
     model = getattr(model, "causal_lm", model)  # of the plain loop
     return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model

@@ -1,5 +1,7 @@
-"""Who trains in run.py speed. All get the same token ids in the same order, seed, precision and optimizer (fused
-AdamW, linear decay, gradients clipped at 1), and has its reference log-probs before the clock starts.
+"""The trainers of run.py speed.
+
+All get the same token ids in the same order, seed, precision and optimizer (fused AdamW, linear decay, gradients
+clipped at 1). All have their reference log-probs before the clock starts.
 
     dpo_fast   `dpo_fast.DPOTrainer`
     patch_trl  TRL's trainer as below, after `dpo_fast.patch_trl()`
@@ -19,16 +21,16 @@ from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.utils import is_flash_attn_2_available
 
+from dpo_fast.commands.bench.trainers import packed_positions, padded_positions, trl_trainer_of_tokens
+from dpo_fast.commands.bench.worker import StepGate, TrainingLoop, loop_of
 from suite.training.models import build_model
 from suite.training.setting import Setting
-from suite.training.turns import Turns
 
 BETA, MAX_GRAD_NORM, SEED = 0.1, 1.0, 42
-Log = list[Mapping[str, float]]  # loss and grad_norm of every step
-Train = Callable[[Turns], Log]
+Log = Sequence[Mapping[str, float]]  # loss and grad_norm of every step
 
 
 def _device() -> torch.device:
@@ -47,7 +49,7 @@ def _model(setting: Setting) -> PreTrainedModel:
 
 
 def _rows(setting: Setting, folder: str, kind: str) -> Dataset:
-    """The `groups` or `pairs` of all steps, and no more: references are computed for every one."""
+    """Return the `groups` or `pairs` of all steps, and no more: references are computed for every one."""
     return load_from_disk(f"{folder}/{kind}").select(range(setting.rows * setting.all_steps))
 
 
@@ -60,7 +62,7 @@ def _lora(setting: Setting) -> Any:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Trainers want one, though rows are ids already: it knows how to pad, and nothing else."""
+    """Return a tokenizer that can pad and nothing else: trainers want one, though rows are ids already."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>")),
         eos_token="<eos>",
@@ -96,37 +98,7 @@ def _arguments(setting: Setting, output: str) -> dict[str, Any]:
     }
 
 
-class _TakeTurns(TrainerCallback):
-    """Passes a trainer's milestones on."""
-
-    def __init__(self, turns: Turns):
-        self._turns = turns
-
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self._turns.begin(model)
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._turns.step_begins()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._turns.step_ends()
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        self._turns.logged()
-
-
-def _by_trainer(trainer: Trainer, positions: Callable[[Any], int]) -> Train:
-    def train(turns: Turns) -> Log:
-        trainer.data_collator = turns.collating(trainer.data_collator, positions)
-        trainer.add_callback(_TakeTurns(turns))
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return [row for row in trainer.state.log_history if "loss" in row]
-
-    return train
-
-
-def _dpo_fast(setting: Setting, folder: str, output: str) -> Train:
+def _dpo_fast(setting: Setting, folder: str, output: str) -> TrainingLoop:
     from dpo_fast import DPOConfig, DPOTrainer
 
     trainer = DPOTrainer(
@@ -141,36 +113,30 @@ def _dpo_fast(setting: Setting, folder: str, output: str) -> Train:
         processing_class=_tokenizer(),
         peft_config=_lora(setting),
     )
-    return _by_trainer(trainer, lambda batch: sum(packed.input_ids.numel() for packed in batch["packs"]))
+    return loop_of(trainer, packed_positions)
 
 
 def _trl(
     setting: Setting,
     folder: str,
     output: str,
-    positions: Callable[[Any], int] = lambda batch: batch["input_ids"].numel(),
-) -> Train:
+    positions: Callable[[Any], int] = padded_positions,
+) -> TrainingLoop:
     import trl
-
-    class Tokenized(trl.DPOTrainer):
-        """TRL's trainer on rows that are token ids already."""
-
-        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-            return dataset
 
     # All weights go through SHA-256 for the name of a cache, which is this run's alone: a minute for 8 B.
     trl.trainer.dpo_trainer.hash_module = lambda model: "the same in all runs"
-    trainer = Tokenized(
+    trainer = trl_trainer_of_tokens()(
         _model(setting),
         args=trl.DPOConfig(**_arguments(setting, output)),
         train_dataset=_rows(setting, folder, "pairs"),
         processing_class=_tokenizer(),
         peft_config=_lora(setting),
     )
-    return _by_trainer(trainer, positions)
+    return loop_of(trainer, positions)
 
 
-def _patch_trl(setting: Setting, folder: str, output: str) -> Train:
+def _patch_trl(setting: Setting, folder: str, output: str) -> TrainingLoop:
     os.environ["DPO_FAST_CACHE"] = f"{folder}/patch_trl"  # where the patched trainer keeps its references
     from dpo_fast import patch_trl
     from dpo_fast.integrations.trl.batches import PACKED
@@ -180,7 +146,7 @@ def _patch_trl(setting: Setting, folder: str, output: str) -> Train:
 
 
 class SequenceLogProbs(nn.Module):
-    """Padded rows → the log-prob of each row's completion."""
+    """Maps padded rows to the log-prob of each row's completion."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()
@@ -197,7 +163,7 @@ class SequenceLogProbs(nn.Module):
 
 
 def padded_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Pairs as rows `[chosen …, rejected …]` of equal length: their ids, and which tokens are scored."""
+    """Return pairs as rows `[chosen …, rejected …]` of equal length: their ids, and which tokens are scored."""
     ids, scored = [], []
     for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
@@ -206,7 +172,7 @@ def padded_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     return pad_sequence(ids, batch_first=True), pad_sequence(scored, batch_first=True)
 
 
-def _plain(setting: Setting, folder: str, output: str) -> Train:
+def _plain(setting: Setting, folder: str, output: str) -> TrainingLoop:
     device = _device()
     pairs = _rows(setting, folder, "pairs").to_list()
     micro_batches = [pairs[start : start + setting.micro_batch] for start in range(0, len(pairs), setting.micro_batch)]
@@ -226,23 +192,23 @@ def _plain(setting: Setting, folder: str, output: str) -> Train:
     with torch.no_grad(), autocast:  # an adapter that is new changes nothing yet
         references = [model(*(part.to(device) for part in padded_pairs(rows))) for rows in micro_batches]
 
-    def train(turns: Turns) -> Log:
-        collate = turns.collating(padded_pairs, lambda batch: batch[0].numel())
+    def train(gate: StepGate) -> Log:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setting.all_steps)
         model.train()
         log = []
-        turns.begin(model)
+        gate.begin(model)
         for step in range(setting.all_steps):
             micro_batch = range(step * setting.accumulation, (step + 1) * setting.accumulation)
             batches = [
-                tuple(part.to(device, non_blocking=True) for part in collate(micro_batches[index]))
+                tuple(part.to(device, non_blocking=True) for part in padded_pairs(micro_batches[index]))
                 for index in micro_batch
             ]
-            turns.step_begins()
+            gate.step_begins()
             mean_loss = 0.0
             for batch, index in zip(batches, micro_batch, strict=True):
+                gate.runs(batch[0].numel())
                 with autocast:
                     logps = model(*batch)
                 chosen, rejected = (logps - references[index]).chunk(2)
@@ -253,15 +219,15 @@ def _plain(setting: Setting, folder: str, output: str) -> Train:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            turns.step_ends()
+            gate.step_ends()
             log.append({"loss": mean_loss.item(), "grad_norm": gradient_norm.item()})
-            turns.logged()
+            gate.logged()
         return log
 
     return train
 
 
-PROVIDERS: dict[str, Callable[[Setting, str, str], Train]] = {
+PROVIDERS: dict[str, Callable[[Setting, str, str], TrainingLoop]] = {
     "dpo_fast": _dpo_fast,
     "patch_trl": _patch_trl,
     "trl": _trl,

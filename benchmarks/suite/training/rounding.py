@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
+from dpo_fast.commands.bench.trainers import pairs_of
 from suite.harness.results import RESULTS, environment, write_result
 from suite.training.models import build_model, model_config
 from suite.training.providers import SequenceLogProbs, padded_pairs
-from suite.training.workloads import Group, dataset_groups, pairs_of
+from suite.training.workloads import Group, dataset_groups
 
 BETA = 0.1
 Run = Callable[[Sequence[Group]], Tensor]  # groups → log-probs of their completions, [2B]

@@ -33,21 +33,20 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import disable_progress_bars
 
-from dpo_fast.commands.bench.turns import loss_tolerance
+from dpo_fast.commands.bench.turns import Comparison, loss_tolerance
 from suite.harness.results import RESULTS, environment, write_result
 from suite.training.models import RANDOM_MODELS, model_config
 from suite.training.providers import BETA
 from suite.training.setting import PROVIDER_NAMES, Setting
-from suite.training.side import DoesNotFit, Side
-from suite.training.summary import GRADIENT_TOLERANCE, bare_gemm_rate, check_values, figures, table
+from suite.training.side import measure
+from suite.training.summary import GRADIENT_TOLERANCE, bare_gemm_rate, check_reports, figures, table
 from suite.training.workloads import PUBLISHED, Group, dataset_groups, save_rows, synthetic_groups
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -90,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _points(grid: Sequence[str] | None) -> list[dict[str, Any]]:
-    """All combinations of what --grid lists; one without any."""
+    """Return all combinations of what --grid lists; a single empty one without --grid."""
     values: dict[str, list[Any]] = {}
     for part in grid or ():
         name, _, listed = part.partition("=")
@@ -129,7 +128,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One comparison: prepares the rows, runs the sides, checks them, prints and writes the result."""
+    """Prepare the rows, run the sides, check them, print and write the result; return it."""
     is_demo = options.model is None
     if is_demo:
         from dpo_fast.commands.demo.model import demo_model
@@ -145,13 +144,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             settings = {name: _fastest(setting, folder, trials) for name, setting in settings.items()}
         does_not_fit = {name: "at no micro-batch" for name, setting in settings.items() if setting is None}
         settings = {name: setting for name, setting in settings.items() if setting}
-        reports, turns = _run(settings, folder, does_not_fit)
-    if options.ours not in reports:
+        measured = measure(settings, folder)
+    does_not_fit |= _reasons(measured)
+    if options.ours in does_not_fit:
         sys.exit(f"{options.ours} does not fit: {does_not_fit[options.ours]}; lower batch_size or max_length")
     comparisons = groups_a_step * options.group_size * (options.group_size - 1) // 2
-    _check_losses(reports, loss_tolerance(options.precision == "fp32", BETA, comparisons))
-    check_values(reports, "gradient_norms", "gradient norm", GRADIENT_TOLERANCE[options.precision])
-    compared = figures(reports, settings, groups, groups_a_step, bare_gemm_rate(options.model, options.precision))
+    tolerance = loss_tolerance(options.precision == "fp32", BETA, comparisons)
+    check_reports(measured.reports, tolerance, GRADIENT_TOLERANCE[options.precision])
+    gemm = bare_gemm_rate(options.model, options.precision)
+    compared = figures(measured.reports, settings, groups, groups_a_step, gemm)
     result = {
         "question": "pairs per second of a training step, "
         + ("each side at its fastest setting" if options.best else "same settings on every side"),
@@ -159,7 +160,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **compared,
         "does_not_fit": does_not_fit,
         **({"trials": trials} if options.best else {}),
-        "turns": turns,
+        "turns": "a step each" if measured.in_turns else "all steps of one side, then of the next",
         "settings": _recorded(options),
         "environment": environment(),
     }
@@ -191,7 +192,7 @@ def _setting(options: argparse.Namespace, provider: str) -> Setting:
 
 
 def _rows_of(options: argparse.Namespace, provider: str, groups: int) -> int:
-    """What groups are in a side's own rows."""
+    """Return the number of a side's own rows that so many groups are."""
     return groups * (1 if provider == "dpo_fast" else options.group_size * (options.group_size - 1) // 2)
 
 
@@ -209,7 +210,7 @@ def _groups(options: argparse.Namespace, count: int) -> list[Group]:
 
 
 def _fastest(setting: Setting, folder: str, trials: dict[str, list[dict[str, Any]]]) -> Setting | None:
-    """Tries the micro-batches that make up the setting's step; returns the fastest, or None when none fits."""
+    """Try the micro-batches that make up the setting's step; return the fastest, or None when none fits."""
     tried: dict[Setting, float] = {}
     too_large: set[bool] = set()  # with and without checkpointing
     for micro_batch in (size for size in MICRO_BATCHES if setting.rows % size == 0):
@@ -221,71 +222,21 @@ def _fastest(setting: Setting, folder: str, trials: dict[str, list[dict[str, Any
             )
             record: dict[str, Any] = {"micro_batch": micro_batch, "checkpointing": checkpointing}
             trials.setdefault(setting.provider, []).append(record)
-            try:
-                (report,) = _interleaved([replace(trial, steps=1, watched=False)], folder)
-            except DoesNotFit as error:
-                too_large.add(checkpointing)
-                record["does_not_fit"] = error.reason
+            found = measure({setting.provider: replace(trial, steps=1, watched=False)}, folder)
+            if report := found.reports.get(setting.provider):
+                (tried[trial],) = report.seconds
+                record["seconds"], record["peak_memory_gib"] = tried[trial], report.peak_memory / 2**30
             else:
-                (tried[trial],) = report["seconds"]
-                record["seconds"], record["peak_memory_gib"] = tried[trial], report["peak_memory_gib"]
+                too_large.add(checkpointing)
+                record["does_not_fit"] = _reasons(found)[setting.provider]
             print(f"tried {setting.provider}: {record}", flush=True)
             if "seconds" in record:
                 break  # computing activations again only takes longer
     return min(tried, key=tried.get) if tried else None
 
 
-def _run(
-    settings: Mapping[str, Setting], folder: str, does_not_fit: dict[str, str]
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """Reports of the sides that fit: by turns, or one after the other where memory does not hold them all at once.
-
-    A GPU's clock is steady, and its allocator slow where memory is short: there each side has the memory to itself.
-    """
-    left = dict(settings)
-    while left and not torch.cuda.is_available():
-        try:
-            return dict(zip(left, _interleaved(list(left.values()), folder), strict=True)), "a step each"
-        except DoesNotFit as error:
-            print(f"{error.provider} ran out of memory: {error.reason}", flush=True)
-            if len(left) > 1 and _fits_alone(left[error.provider], folder):
-                break
-            does_not_fit[error.provider] = error.reason
-            del left[error.provider]
-    reports = {}
-    for name, setting in left.items():
-        try:
-            (reports[name],) = _interleaved([setting], folder)
-        except DoesNotFit as error:
-            does_not_fit[name] = error.reason
-    return reports, "all steps of one side, then of the next"
-
-
-def _fits_alone(setting: Setting, folder: str) -> bool:
-    try:
-        _interleaved([setting], folder)
-    except DoesNotFit:
-        return False
-    return True
-
-
-def _interleaved(settings: Sequence[Setting], folder: str) -> list[dict[str, Any]]:
-    """Reports of sides that take turns, a step each."""
-    sides = [Side(setting, folder) for setting in settings]
-    try:
-        for side in sides:  # one after the other: loading and reference pass do not disturb each other
-            side.start()
-        for _ in range(settings[0].all_steps):
-            for side in sides:
-                side.step()
-        return [side.finish() for side in sides]
-    finally:
-        for side in sides:
-            side.stop()
-
-
-def _check_losses(reports: Mapping[str, Mapping[str, Any]], tolerance: float) -> None:
-    check_values(reports, "losses", "loss", tolerance)
+def _reasons(measured: Comparison) -> dict[str, str]:
+    return {name: failure.message[:200] for name, failure in measured.failures.items()}
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
@@ -295,7 +246,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _question(options: argparse.Namespace, is_demo: bool) -> str:
-    """The result file's name, without what is as usual."""
+    """Return the name of the result file, which leaves defaults out."""
     batch = f"global{options.global_batch}" if options.best else f"b{options.batch_size}"
     parts = [
         "train-best" if options.best else "train",

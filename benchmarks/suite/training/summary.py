@@ -1,4 +1,4 @@
-"""What run.py speed makes of the sides' reports: refusal of a side that computes something else, figures, a table."""
+"""Results of run.py speed: refusal of a side that computes something else, figures, a table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpo_fast.commands.bench.worker import Report
 from suite.harness.results import spread
 from suite.training.models import model_config, step_flops, unique_tokens
 from suite.training.setting import Setting
@@ -17,20 +18,35 @@ from suite.training.workloads import Group
 
 # Losses start at ln 2 whoever computes; the norm of the gradient is what tells that the same thing is differentiated.
 GRADIENT_TOLERANCE = {"fp32": 5e-3, "bf16": 1e-1}
-Reports = Mapping[str, Mapping[str, Any]]
+Reports = Mapping[str, Report]
 
 
-def check_values(reports: Reports, key: str, what: str, tolerance: float) -> None:
-    """Ends the program when a step's `key` of the first side is off another's by more than `tolerance` of it."""
-    (name, ours), *others = reports.items()
-    for other, theirs in others:
-        for step, (a, b) in enumerate(zip(ours[key], theirs[key], strict=True)):
-            if not abs(a - b) <= tolerance * abs(b):
-                sys.exit(f"step {step}: {name} has {what} {a}, {other} {b}; what computes something else is not timed")
+def record(report: Report) -> dict[str, Any]:
+    """Return a report as the result file has it."""
+    return {
+        "losses": report.losses,
+        "gradient_norms": [row["grad_norm"] for row in report.log],
+        "seconds_before_training": report.seconds_before_training,
+        "seconds": report.seconds,
+        "token_positions": sum(report.positions),
+        "peak_memory_gib": report.peak_memory / 2**30,
+        **report.notes,
+    }
+
+
+def check_reports(reports: Reports, loss_tolerance: float, gradient_tolerance: float) -> None:
+    """End the program when two sides differ by more than a tolerance in a step's loss or gradient norm."""
+    for key, what, tolerance in (("loss", "loss", loss_tolerance), ("grad_norm", "gradient norm", gradient_tolerance)):
+        (name, ours), *others = reports.items()
+        for other, theirs in others:
+            for step, (a, b) in enumerate(zip(ours.log, theirs.log, strict=True)):
+                if not abs(a[key] - b[key]) <= tolerance * abs(b[key]):
+                    found = f"{name} has {what} {a[key]}, {other} {b[key]}"
+                    sys.exit(f"step {step}: {found}; what computes something else is not timed")
 
 
 def bare_gemm_rate(model: str, precision: str) -> dict[str, Any]:
-    """The rate of a lone matrix product as the model's layers have it, in FLOP/s: the most that this machine can do."""
+    """Return the FLOP/s of a lone matrix product of the model's shape, which is the most that this machine can do."""
     config = model_config(model).get_text_config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, inner = (8192, getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
@@ -56,7 +72,7 @@ def figures(
     groups_a_step: int,
     gemm: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The sides' figures over the timed steps, and the first side's against the others'."""
+    """Return the figures of every side over the timed steps, and those of the first side against the others."""
     steps = [groups[start : start + groups_a_step] for start in range(0, len(groups), groups_a_step)]
     some = next(iter(settings.values()))
     timed = steps[1 : 1 + some.steps]
@@ -66,15 +82,14 @@ def figures(
     pairs = sum(len(group["comparisons"]) for step in timed for group in step)
     sides = {}
     for name, report in reports.items():
-        seconds = sum(report["seconds"])
+        seconds = sum(report.seconds)
         sides[name] = {
             "pairs_per_second": pairs / seconds,
             "unique_tokens_per_second": sum(tokens) / seconds,
             "model_flop_utilisation": flops / seconds / gemm["flops_per_second"],
-            "seconds_per_step": spread(report["seconds"]),
+            "seconds_per_step": spread(report.seconds),
             "setting": {key: asdict(settings[name])[key] for key in ("micro_batch", "accumulation", "checkpointing")},
-            **report,
-            "token_positions": sum(report["token_positions"]),
+            **record(report),
         }
     return {
         "sides": sides,
@@ -100,7 +115,7 @@ def _largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """The result for people."""
+    """Return the lines of the result for people."""
     head = f"{'':10}{'micro':>6}{'pairs/s':>10}{'tokens/s':>10}{'MFU':>7}{'s/step':>9}{'p20–p80':>16}{'GiB':>8}"
     lines = [f"{head}{'positions':>11}{'syncs':>7}"]
     for name, side in result["sides"].items():

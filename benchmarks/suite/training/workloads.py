@@ -26,6 +26,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.commands.bench.trainers import pairs_of
+
 Group = dict[str, Any]  # prompt_ids, completion_ids, comparisons
 
 SPREAD = 0.8
@@ -133,19 +135,6 @@ def _pair(row: Group, winner: int, loser: int) -> Group:
 def all_comparisons(group_size: int) -> list[list[int]]:
     """Every completion against every later one."""
     return [[winner, loser] for winner in range(group_size) for loser in range(winner + 1, group_size)]
-
-
-def pairs_of(groups: Sequence[Group]) -> list[dict[str, list[int]]]:
-    """The comparisons of groups, one a row, as trainers of pairs read them."""
-    return [
-        {
-            "prompt_ids": group["prompt_ids"],
-            "chosen_ids": group["completion_ids"][winner],
-            "rejected_ids": group["completion_ids"][loser],
-        }
-        for group in groups
-        for winner, loser in group["comparisons"]
-    ]
 
 
 def save_rows(groups: Sequence[Group], folder: str) -> None:

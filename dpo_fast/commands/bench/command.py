@@ -7,9 +7,7 @@ would see first; its reference log-probs are computed before its clock starts.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -25,18 +23,19 @@ from dpo_fast.batches.groups import Layout
 from dpo_fast.commands.arguments import TrainArguments
 from dpo_fast.commands.bench import report
 from dpo_fast.commands.bench.figures import OURS, measured_figures, settings_figures
+from dpo_fast.commands.bench.measurement import versions
 from dpo_fast.commands.bench.peers import trl_obstacle
 from dpo_fast.commands.bench.positions import count_positions, epoch_batches, first_steps, lengths_only
 from dpo_fast.commands.bench.settings import Setting, try_settings
 from dpo_fast.commands.bench.turns import (
     Comparison,
-    SideError,
+    TrainerError,
     check_losses,
     compare,
     loss_tolerance,
     one_after_another,
 )
-from dpo_fast.commands.bench.worker import Failure, Job, Report
+from dpo_fast.commands.bench.worker import Failure, Report, TrainJob
 from dpo_fast.commands.train import choose_split, load_splits, read_arguments, scratch_output
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
@@ -65,7 +64,7 @@ _MEASURED_FLAGS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags that `bench` has besides those of `train`."""
+    """Return the flags that `bench` has beside those of `train`."""
     parser = argparse.ArgumentParser(
         prog="dpo-fast bench",
         usage="dpo-fast bench --model MODEL --dataset DATASET [options of dpo-fast train]",
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, arguments: TrainArguments) -> None:
-    """Refuses what can be seen to be wrong before a model is loaded."""
+    """Refuse what can be seen to be wrong before a model is loaded."""
     if options.max_steps < 1:
         raise ValueError(f"--max_steps {options.max_steps} must be at least 1; 20 is the default.")
     if options.out is not None and (Path(options.out).suffix != ".json" or not Path(options.out).parent.is_dir()):
@@ -102,13 +101,13 @@ def _check(options: argparse.Namespace, arguments: TrainArguments) -> None:
 
 
 def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
-    """Counts, measures, tries settings and prints.
+    """Count, measure, try settings and print.
 
     Args:
-        options: of `parser`.
-        flags: of `dpo-fast train`.
-        arguments: what they say.
-        dataset: the rows to train on.
+        options: parsed flags of `parser`.
+        flags: flags of `dpo-fast train`.
+        arguments: the same flags, parsed.
+        dataset: rows to train on.
 
     Raises:
         ValueError: the data or arguments cannot be used, or two sides do not compute the same.
@@ -132,8 +131,7 @@ def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainAr
         if obstacle is None:
             sides["trl"] = jobs.job("measured", trainer="trl")
         console.print(f"Measuring {options.max_steps} steps of {', '.join(report.NAMES[name] for name in sides)} …")
-        comparison = compare(sides, options.max_steps)
-        _refuse_if_ours_fails(comparison)
+        comparison = _compare(sides)
         exact = not config.bf16 and not config.fp16 and (config.model_init_kwargs or {}).get("dtype") == "float32"
         tolerance = loss_tolerance(exact, config.beta, min(comparisons))
         measured = {"largest_loss_difference": _check_losses(comparison.reports, tolerance)}
@@ -150,7 +148,7 @@ def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainAr
         jobs.write("tried", rows, [heaviest, *steps[1 : tried_steps + 1]])  # the first one warms up, and must fit
 
         def run(settings: Sequence[Setting]) -> Iterator[Report | Failure]:
-            return one_after_another([jobs.job("tried", setting.flags()) for setting in settings], tried_steps)
+            return one_after_another([jobs.job("tried", setting.flags()) for setting in settings])
 
         console.print("Trying other cuts of the same steps …")
         trials = try_settings(own, sum(costs[index] for index in heaviest), max(costs), run)
@@ -173,7 +171,7 @@ def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainAr
 
 
 class _Jobs:
-    """Makes jobs whose rows and reference log-probs are in a folder that goes away with them."""
+    """Jobs whose rows and reference log-probs are in a folder that goes away with them."""
 
     def __init__(self, folder: str, flags: Sequence[str]):
         self._folder, self._flags = Path(folder), list(flags)
@@ -181,14 +179,20 @@ class _Jobs:
         self._made = 0
 
     def write(self, name: str, dataset: Dataset, steps: Sequence[Sequence[int]]) -> Dataset:
-        """Writes the groups of `steps` in their order, and returns them."""
+        """Write the groups of `steps` in their order, and return them."""
         rows = dataset.select([index for step in steps for index in step])
         rows.save_to_disk(str(self._folder / name))
         self._steps[name] = len(steps)
         return rows
 
-    def job(self, rows: str, flags: Sequence[str] = (), trainer: str = "dpo_fast") -> Job:
-        """Trains all steps of `rows`; `flags` win over the user's. Nobody finds another one's reference log-probs."""
+    def job(self, rows: str, flags: Sequence[str] = (), trainer: str = "dpo_fast") -> TrainJob:
+        """Return a job that trains all steps of `rows`, and finds no reference log-probs of another job.
+
+        Args:
+            rows: name of written rows.
+            flags: flags that win over the user's.
+            trainer: name of a function in `bench.trainers`.
+        """
         self._made += 1
         measured = _MEASURED_FLAGS | {
             "output_dir": str(self._folder / "output"),
@@ -196,7 +200,8 @@ class _Jobs:
             "max_steps": str(self._steps[rows]),
         }
         given = [word for name, value in measured.items() for word in (f"--{name}", value)]
-        return Job(trainer, [*self._flags, *given, *flags], str(self._folder / rows))
+        arguments = ([*self._flags, *given, *flags], str(self._folder / rows))
+        return TrainJob(f"dpo_fast.commands.bench.trainers:{trainer}", arguments, self._steps[rows] - 1)
 
 
 def _tokenizer(arguments: TrainArguments) -> PreTrainedTokenizerBase:
@@ -211,10 +216,13 @@ def _own_setting(config: DPOConfig) -> Setting:
     return Setting(**{field.name: getattr(config, field.name) for field in fields(Setting)})
 
 
-def _refuse_if_ours_fails(comparison: Comparison) -> None:
-    failure = comparison.failures.get(OURS)
-    if failure is not None and not failure.out_of_memory:
-        raise ValueError(failure.message) if failure.refused else SideError(failure)
+def _compare(sides: Mapping[str, TrainJob]) -> Comparison:
+    try:
+        return compare(sides, required=[OURS])
+    except TrainerError as error:
+        if error.failure.refused:
+            raise ValueError(error.failure.message) from None
+        raise
 
 
 def _check_losses(reports: Mapping[str, Report], tolerance: float) -> float:
@@ -222,11 +230,5 @@ def _check_losses(reports: Mapping[str, Report], tolerance: float) -> float:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in ("dpo-fast", "torch", "transformers", "trl"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "versions": versions}
+    return {"device": device, "versions": versions(["dpo-fast", "torch", "transformers", "trl"])}

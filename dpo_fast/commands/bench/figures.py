@@ -1,4 +1,4 @@
-"""What was measured, as numbers: the parts of the result that `dpo-fast bench` prints and writes."""
+"""Measured figures: the parts of the result that `dpo-fast bench` prints and writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_fast.commands.bench.measurement import spread
 from dpo_fast.commands.bench.positions import Positions
 from dpo_fast.commands.bench.settings import Trial, fastest
 from dpo_fast.commands.bench.turns import Comparison
@@ -17,12 +18,12 @@ _WORTH_MERGING = 0.05  # share of the packed positions that merging prompts must
 
 
 def measured_figures(comparison: Comparison, comparisons: Sequence[int], epoch: Positions) -> dict[str, Any]:
-    """Speed and memory of every side, and our ratios to the others.
+    """Return speed and memory of every side, and our ratios to the others.
 
     Args:
-        comparison: the sides' reports, whose losses are known to be the same.
-        comparisons: how many each timed step has.
-        epoch: what an epoch has.
+        comparison: reports of the sides, whose losses are known to be the same.
+        comparisons: number of comparisons in each timed step.
+        epoch: counts of an epoch.
     """
     sides = {name: _side(report, sum(comparisons), epoch) for name, report in comparison.reports.items()}
     ours = sides.get(OURS)
@@ -39,14 +40,14 @@ def measured_figures(comparison: Comparison, comparisons: Sequence[int], epoch: 
         },
         "no_part": {name: _reason(failure) for name, failure in comparison.failures.items()},
         "in_turns": comparison.in_turns,
-        "layout": comparison.reports[OURS].layout if ours else None,
+        "layout": comparison.reports[OURS].notes["layout"] if ours else None,
     }
 
 
 def settings_figures(
     trials: Sequence[Trial], against: Mapping[str, Mapping[str, float]], epoch: Positions, config: DPOConfig
 ) -> dict[str, Any]:
-    """Which settings to take, what to expect of them, and what else to know; the first trial is the user's setting."""
+    """Return the settings to take, the speed-up to expect and more advice; the first trial is the user's setting."""
     own, best = trials[0], fastest(trials)
     gain = own.seconds / best.seconds if best is not None and own.fits else None
     return {
@@ -64,7 +65,7 @@ def _side(report: Report, comparisons: int, epoch: Positions) -> dict[str, Any]:
     speed = comparisons / sum(report.seconds)
     return {
         "pairs_per_second": speed,
-        "seconds_per_step": _spread(report.seconds),
+        "seconds_per_step": spread(report.seconds),
         "peak_memory_bytes": report.peak_memory,
         "positions_per_step": statistics.fmean(report.positions),
         "epoch_seconds": epoch.comparisons / speed,
@@ -72,18 +73,10 @@ def _side(report: Report, comparisons: int, epoch: Positions) -> dict[str, Any]:
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Median with the 20th and 80th percentile."""
-    if len(values) == 1:
-        return {"median": values[0], "p20": values[0], "p80": values[0]}
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7]}
-
-
 def _reason(failure: Failure) -> str:
     return "it needs more memory than there is" if failure.out_of_memory else failure.message
 
 
 def _saved_by_merging(epoch: Positions) -> float:
-    """Share of the packed positions that merging groups of the same prompt saves."""
+    """Return the share of the packed positions that merging groups of the same prompt saves."""
     return 1 - epoch.shared_prompts.merged_positions / epoch.packed

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_fast.commands.bench.worker import STEP, Failure, Job, Report, work
+from dpo_fast.commands.bench.worker import STEP, Failure, Report, TrainJob, work
+
+# Signals that end a process without memory: from the kernel, and from C++ code that was refused memory.
+_NO_MEMORY = (signal.SIGKILL, signal.SIGABRT)
 
 
-class SideError(RuntimeError):
-    """A side came to nothing; `failure` says why."""
+class TrainerError(RuntimeError):
+    """A job has no report; `failure` says why."""
 
-    def __init__(self, failure: Failure):
-        super().__init__(failure.message)
+    def __init__(self, failure: Failure, name: str = ""):
+        super().__init__(f"{name}: {failure.message}" if name else failure.message)
         self.failure = failure
 
 
-class Side:
-    """One process that trains when it is told to. Use it as a context: the process ends with it.
+class TrainerProcess:
+    """A process that trains when it is told to. Use it as a context: the process ends with it.
 
-    Every method raises `SideError` when the job fails.
+    Every method raises `TrainerError` when the job fails.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,7 @@ class Side:
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> TrainerProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -42,18 +45,18 @@ class Side:
         self._process.join(10)
         self._process.terminate()
 
-    def start(self, job: Job) -> None:
-        """Builds the trainer and its reference log-probs."""
+    def start(self, job: TrainJob) -> None:
+        """Build the trainer and its reference log-probs."""
         self._pipe.send(job)
         self._receive()
 
     def step(self) -> float:
-        """Runs one step and returns its seconds."""
+        """Run one step and return its seconds."""
         self._pipe.send(STEP)
         return self._receive()
 
     def finish(self) -> Report:
-        """What the run came to, after its last step."""
+        """Return the report of the job, after its last step."""
         return self._receive()
 
     def _receive(self) -> Any:
@@ -62,92 +65,110 @@ class Side:
         except (EOFError, ConnectionResetError):
             self._process.join()
             status = self._process.exitcode
-            killed = status == -signal.SIGKILL  # what a machine without memory left does
-            raise SideError(Failure(f"its process ended with status {status}", out_of_memory=killed)) from None
+            no_memory = -status in _NO_MEMORY
+            ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            raise TrainerError(Failure(f"its process {ended}", out_of_memory=no_memory)) from None
         if isinstance(answer, Failure):
-            raise SideError(answer)
+            raise TrainerError(answer)
         return answer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports by name, why others have none, and whether the sides took turns or ran one after the other."""
+    """Reports by name, failures of the others, and whether the jobs took turns or ran one after the other."""
 
     reports: dict[str, Report]
     failures: dict[str, Failure]
     in_turns: bool
 
 
-def compare(jobs: Mapping[str, Job], steps: int) -> Comparison:
-    """Runs `steps` steps and one to warm up of every job, a step each in turns.
+def compare(jobs: Mapping[str, TrainJob], required: Collection[str] = ()) -> Comparison:
+    """Run all steps of every job, a step each in turns.
 
-    Where the machine's memory is too small for all of them together, they run one after the other. A job that does not
-    fit even alone, or fails otherwise, has a failure instead of a report.
+    Jobs that fit the machine's memory alone, but not all at once, run one after the other. A job that does not fit even
+    alone has a failure instead of a report, and the others take turns without it.
+
+    Args:
+        jobs: jobs of equally many steps.
+        required: names of jobs that must not fail for another reason than memory.
+
+    Raises:
+        TrainerError: a required job failed.
     """
-    try:
-        return _in_turns(jobs, steps)
-    except SideError as error:
-        if len(jobs) == 1:
-            return Comparison({}, {name: error.failure for name in jobs}, in_turns=True)
-    reports: dict[str, Report] = {}
-    failures: dict[str, Failure] = {}
-    for name, job in jobs.items():
-        try:
-            alone = _in_turns({name: job}, steps)
-        except SideError as error:
-            failures[name] = error.failure
-        else:
-            reports |= alone.reports
-            failures |= alone.failures
+    found = _in_turns(jobs, required)
+    short = [name for name, failure in found.failures.items() if failure.out_of_memory]
+    if not short or len(jobs) == 1:
+        return found
+    alone = each_alone({name: jobs[name] for name in short}, required)
+    others = {name: job for name, job in jobs.items() if name not in short}
+    rest = each_alone(others, required) if alone.reports else compare(others, required)
+    reports = alone.reports | rest.reports
+    return Comparison(
+        {name: reports[name] for name in jobs if name in reports}, alone.failures | rest.failures, rest.in_turns
+    )
+
+
+def each_alone(jobs: Mapping[str, TrainJob], required: Collection[str] = ()) -> Comparison:
+    """Run one job after the other, each with the machine's memory to itself; otherwise as `compare` does."""
+    parts = [_in_turns({name: job}, required) for name, job in jobs.items()]
+    reports = {name: report for part in parts for name, report in part.reports.items()}
+    failures = {name: failure for part in parts for name, failure in part.failures.items()}
     return Comparison(reports, failures, in_turns=False)
 
 
-def _in_turns(jobs: Mapping[str, Job], steps: int) -> Comparison:
+def _in_turns(jobs: Mapping[str, TrainJob], required: Collection[str]) -> Comparison:
+    """Run all jobs at once, a step each; one that runs out of memory ends them all, with its failure and no report."""
     failures: dict[str, Failure] = {}
+    reports: dict[str, Report] = {}
+    steps = max((job.all_steps for job in jobs.values()), default=0)
     with ExitStack() as stack:
-        sides = {name: stack.enter_context(Side()) for name in jobs}
+        processes = {name: stack.enter_context(TrainerProcess()) for name in jobs}
 
-        def everyone(turn: Callable[[Side, Job], Any]) -> dict[str, Any]:
+        def everyone(turn: Callable[[TrainerProcess, TrainJob], Any]) -> dict[str, Any]:
             answers = {}
             for name in [name for name in jobs if name not in failures]:
                 try:
-                    answers[name] = turn(sides[name], jobs[name])
-                except SideError as error:
-                    if error.failure.out_of_memory:
-                        raise
+                    answers[name] = turn(processes[name], jobs[name])
+                except TrainerError as error:
                     failures[name] = error.failure
+                    if error.failure.out_of_memory or name in required:
+                        raise TrainerError(error.failure, name) from None
             return answers
 
-        everyone(Side.start)
-        for _ in range(steps + 1):
-            everyone(lambda side, _: side.step())
-        reports = everyone(lambda side, _: side.finish())
+        try:
+            everyone(TrainerProcess.start)
+            for _ in range(steps):
+                everyone(lambda process, _: process.step())
+            reports = everyone(lambda process, _: process.finish())
+        except TrainerError as error:
+            if not error.failure.out_of_memory:
+                raise
     return Comparison(reports, failures, in_turns=True)
 
 
-def one_after_another(jobs: Sequence[Job], steps: int) -> Iterator[Report | Failure]:
-    """Runs jobs in one process, each when it is asked for; where one runs out of memory, the next gets a new process.
+def one_after_another(jobs: Sequence[TrainJob]) -> Iterator[Report | Failure]:
+    """Run jobs in one process, each when it is asked for; where one runs out of memory, the next gets a new process.
 
     Raises:
-        SideError: a job failed for another reason.
+        TrainerError: a job failed for another reason.
     """
     with ExitStack() as stack:
-        side = stack.enter_context(Side())
+        process = stack.enter_context(TrainerProcess())
         for job in jobs:
             try:
-                side.start(job)
-                for _ in range(steps + 1):
-                    side.step()
-                yield side.finish()
-            except SideError as error:
+                process.start(job)
+                for _ in range(job.all_steps):
+                    process.step()
+                yield process.finish()
+            except TrainerError as error:
                 if not error.failure.out_of_memory:
                     raise
                 yield error.failure
-                side = stack.enter_context(Side())
+                process = stack.enter_context(TrainerProcess())
 
 
 def loss_tolerance(exact: bool, beta: float, comparisons: int) -> float:
-    """How far losses of the same step may be apart, as a share of ln 2; `exact` is fp32.
+    """Return how far losses of the same step may be apart, as a share of ln 2; `exact` is fp32.
 
     In half precision a pair's margin depends on what it is packed or padded with, in any trainer, by 1 nat or so (RMS,
     `run.py rounding`). β/2 of that reaches the loss, less in a mean of many `comparisons`; three times as much may.
@@ -158,9 +179,9 @@ def loss_tolerance(exact: bool, beta: float, comparisons: int) -> float:
 
 
 def check_losses(losses: Mapping[str, Sequence[float]], tolerance: float) -> float:
-    """Compares the losses of every step with those of the first side, and returns the largest relative difference.
+    """Compare the losses of every step with those of the first side, and return the largest relative difference.
 
-    Differences are relative to the step's loss, or to the first one where training has made it small.
+    Differences are relative to the step's loss, or to the first loss where training has made that of the step small.
 
     Raises:
         ValueError: a difference exceeds `tolerance`: the sides do not compute the same, so that no time is comparable.

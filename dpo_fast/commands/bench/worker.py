@@ -1,99 +1,270 @@
-"""A trainer in a process of its own, which runs a step whenever it is told to: the far end of `turns.Side`.
+"""A trainer in a process of its own, which takes a step when it is told to: the far end of `turns.TrainerProcess`.
 
-For every `Job` it builds the trainer, answers `READY`, then runs one optimizer step for each `STEP` that it is sent and
-answers with the seconds that it took, and in the end sends a `Report`. What goes wrong is sent as a `Failure`; the
-process then waits for the next job.
+For every `TrainJob` the process builds the trainer and answers `READY`. It then runs one optimizer step per `STEP` that
+it receives, and answers with the step's seconds. A `Report` ends the job, or a `Failure`; the next job may follow.
+
+A training loop of any kind takes part. It gets a `StepGate` and calls the gate at its milestones.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
-from dpo_fast.config import DPOConfig
 from dpo_fast.machine import peak_memory, reset_peak_memory
 
-STEP, READY = "step", "ready"  # what is sent besides
+STEP, READY = "step", "ready"  # messages, beside jobs and what comes of them
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to train: which trainer (a key of `_TRAINERS`), flags of `dpo-fast train`, the folder of prepared rows."""
+class TrainJob:
+    """A training to measure. Its first step warms up, and the timed steps follow.
+
+    Attributes:
+        trainer: dotted name, "package.module:function", of a function that returns a `TrainingLoop`.
+        arguments: arguments of that function.
+        steps: number of timed steps.
+        watch: dotted name of a `StepWatch` for one more step, which no figure of speed counts; None for no such step.
+    """
 
     trainer: str
-    flags: Sequence[str]
-    rows: str
+    arguments: tuple[Any, ...]
+    steps: int
+    watch: str | None = None
+
+    @property
+    def all_steps(self) -> int:
+        return 1 + self.steps + (self.watch is not None)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of one trainer came to; the first step warms up, and only `losses` has it.
+    """Figures of a finished job.
 
     Attributes:
-        losses: of every step.
-        seconds: of every step after the first.
-        positions: token positions that went through the model in these steps, padding included.
-        peak_memory: bytes; of the allocator on a GPU, resident memory of the process on a CPU.
-        layout: how our trainer laid its batches out; None for another trainer.
+        log: row of every step, with its `loss`.
+        seconds: seconds of every timed step.
+        positions: token positions that went through the model in every timed step, padding included.
+        peak_memory: bytes up to the last timed step; of the allocator on a GPU, of the resident process on a CPU.
+        seconds_before_training: seconds that building the trainer took.
+        notes: whatever the loop and the watch noted.
     """
 
-    losses: list[float]
+    log: list[Mapping[str, float]]
     seconds: list[float]
     positions: list[int]
     peak_memory: int
-    layout: str | None
+    seconds_before_training: float
+    notes: Mapping[str, Any]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.log]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job came to nothing; `refused` when the trainer does not take these arguments or rows."""
+    """Reason why a job has no report; `refused` where the trainer does not take these arguments or rows."""
 
     message: str
     out_of_memory: bool = False
     refused: bool = False
 
 
-def work(pipe: Connection) -> None:
-    """Runs jobs until the pipe closes."""
-    _be_quiet()
+class StepWatch(Protocol):
+    """Watches one step, from its own construction to `close`."""
 
+    def __init__(self, model: nn.Module, logging_seconds: float):
+        """Begin; the log of the step before took `logging_seconds` of this step."""
+
+    def data_ready(self) -> None:
+        """Note that the micro-batches of the step are on the device."""
+
+    def close(self) -> Mapping[str, Any]:
+        """Return the figures of the step, after its end."""
+
+
+class StepGate:
+    """Milestones of a training loop, which holds the loop before every step until the other end says so.
+
+    The clock of a step runs from that word to the step's end; writing the log of the step before falls into it.
+
+    Attributes:
+        notes: facts for the report, which the loop may add to.
+    """
+
+    def __init__(self, pipe: Connection, job: TrainJob):
+        self.notes: dict[str, Any] = {}
+        self._pipe, self._job = pipe, job
+        self._seconds: list[float] = []
+        self._positions: list[int] = []
+        self._peak_memory = 0
+        self._watch: StepWatch | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Wait for the first step; `model` is what the loop calls."""
+        self.model, self._device = model, next(model.parameters()).device
+        reset_peak_memory(self._device)
+        self._pipe.send(READY)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._pipe.recv() != STEP:
+            raise EOFError
+        self._positions.append(0)
+        self._began = time.perf_counter()
+
+    def step_begins(self) -> None:
+        """Note that the micro-batches of a step are on the device."""
+        if self._watch is not None:
+            self._watch.data_ready()
+
+    def runs(self, positions: int) -> None:
+        """Note that a micro-batch of so many token positions goes through the model."""
+        self._positions[-1] += positions
+
+    def step_ends(self) -> None:
+        """Stop the clock, and wait for the next step if there is one."""
+        if self._watch is not None:
+            self.notes |= self._watch.close()
+        elif self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - self._began)
+        if self._timed_steps_are_over():
+            self._peak_memory = peak_memory(self._device)
+        self._pipe.send(self._seconds[-1])
+        if len(self._seconds) < self._job.all_steps:
+            self._wait()
+
+    def logged(self) -> None:
+        """Note that the log of a step is written; the watched step begins after that of the last timed one."""
+        if self._job.watch is not None and self._watch is None and self._timed_steps_are_over():
+            self._watch = _named(self._job.watch)(self.model, time.perf_counter() - self._began)
+
+    def _timed_steps_are_over(self) -> bool:
+        return len(self._seconds) == 1 + self._job.steps
+
+    def report(self, log: Sequence[Mapping[str, float]], seconds_before_training: float) -> Report:
+        timed = slice(1, 1 + self._job.steps)
+        return Report(
+            list(log),
+            self._seconds[timed],
+            self._positions[timed],
+            self._peak_memory,
+            seconds_before_training,
+            self.notes,
+        )
+
+
+TrainingLoop = Callable[[StepGate], Sequence[Mapping[str, float]]]  # returns the log, a row for every step
+
+
+class StepGateCallback(TrainerCallback):
+    """Passes the milestones of a Hugging Face trainer on."""
+
+    def __init__(self, gate: StepGate):
+        self._gate = gate
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self._gate.begin(model)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._gate.step_begins()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._gate.step_ends()
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._gate.logged()
+
+
+def loop_of(trainer: Trainer, positions: Callable[[Any], int], **notes: Any) -> TrainingLoop:
+    """Return the training of a Hugging Face trainer as a loop.
+
+    Args:
+        trainer: the trainer.
+        positions: function that returns the token positions of a micro-batch, padding included.
+        notes: facts for the report.
+    """
+
+    def train(gate: StepGate) -> list[Mapping[str, float]]:
+        training_step = trainer.training_step
+
+        def counted(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            gate.runs(positions(inputs))
+            return training_step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = counted
+        trainer.add_callback(StepGateCallback(gate))
+        trainer.remove_callback(PrinterCallback)
+        gate.notes |= notes
+        trainer.train()
+        return [row for row in trainer.state.log_history if "loss" in row]
+
+    return train
+
+
+def work(pipe: Connection) -> None:
+    """Run jobs until the pipe closes."""
+    _be_quiet()
     while True:
         try:
             job = pipe.recv()
         except EOFError:
             return
         try:
-            answer: Report | Failure = _run(job, pipe)
+            answer: Report | Failure = run(job, pipe)
         except EOFError:  # nobody waits for this job any more
             return
         except Exception as error:
-            out_of_memory = should_reduce_batch_size(error) or isinstance(error, MemoryError)
             refused = isinstance(error, ValueError | ImportError)
-            if not out_of_memory and not refused:
+            if not out_of_memory(error) and not refused:
                 traceback.print_exc()
-            answer = Failure(f"{type(error).__name__}: {' '.join(str(error).split())}", out_of_memory, refused)
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            answer = Failure(message, out_of_memory(error), refused)
         pipe.send(answer)
         _free_memory()
 
 
+def run(job: TrainJob, pipe: Connection) -> Report:
+    """Run one job whose steps the other end of `pipe` calls for."""
+    build = _named(job.trainer)
+    began = time.perf_counter()
+    train: TrainingLoop = build(*job.arguments)
+    prepared = time.perf_counter() - began
+    gate = StepGate(pipe, job)
+    return gate.report(train(gate), prepared)
+
+
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out: of PyTorch's allocators, of Python, of C++."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
+
+
 def _be_quiet() -> None:
-    """Leaves the terminal to the process that compares: only warnings of our own and tracebacks pass."""
+    """Leave the terminal to the process that compares: only warnings of our own and tracebacks pass."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     datasets.disable_progress_bars()
@@ -105,109 +276,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _run(job: Job, pipe: Connection) -> Report:
-    trainer = _TRAINERS[job.trainer](parse_train_arguments(list(job.flags)), datasets.load_from_disk(job.rows))
-    trainer.remove_callback(PrinterCallback)
-    turns = _TakeTurns(pipe, trainer.model)
-    trainer.add_callback(turns)
-    trainer.train()
-    return Report(
-        losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
-        seconds=turns.seconds[1:],
-        positions=turns.positions[1:],
-        peak_memory=peak_memory(),
-        layout=getattr(trainer, "layout", None),
-    )
-
-
-class _TakeTurns(TrainerCallback):
-    """Waits for its turn before every step; the clock runs from there to the end of the step."""
-
-    def __init__(self, pipe: Connection, model: nn.Module):
-        self.seconds: list[float] = []
-        self.positions: list[int] = []
-        self._pipe, self._model, self._began, self._run_through = pipe, model, 0.0, 0
-
-    def _count(self, module: nn.Module, inputs: Any, embedded: torch.Tensor) -> None:
-        self._run_through += embedded.shape[:-1].numel()
-
-    def _wait(self) -> None:
-        if self._pipe.recv() != STEP:
-            raise EOFError
-        self._run_through, self._began = 0, time.perf_counter()
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._model.get_input_embeddings().register_forward_hook(self._count)
-        reset_peak_memory()
-        self._pipe.send(READY)
-        self._wait()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._began)
-        self.positions.append(self._run_through)
-        self._pipe.send(self.seconds[-1])
-        if state.global_step < state.max_steps:
-            self._wait()
-
-
-# ---- trainers ----
-
-
-def _dpo_fast(arguments: TrainArguments, rows: Dataset) -> Trainer:
-    from dpo_fast.trainer import DPOTrainer
-
-    return DPOTrainer(args=arguments.config, train_dataset=rows, **_model_arguments(arguments))
-
-
-def _trl(arguments: TrainArguments, rows: Dataset) -> Trainer:
-    """TRL's trainer at its best: with precomputed references, and flash-attn where that is installed.
-
-    It gets the tokens that our preparation made, a pair for each comparison of a group.
-    """
-    import trl
-
-    class DPOTrainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-            return dataset
-
-    config = arguments.config
-    known = {field.name for field in fields(trl.DPOConfig) if field.init}
-    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name in known}
-    options["precompute_ref_log_probs"] = True
-    options["per_device_train_batch_size"] *= len(rows[0]["comparisons"])
-    options["model_init_kwargs"] = _fastest_attention(config) | config.model_init_kwargs
-    pairs = rows.map(_pairs, batched=True, remove_columns=rows.column_names)
-    return DPOTrainer(args=trl.DPOConfig(**options), train_dataset=pairs, **_model_arguments(arguments))
-
-
-def _model_arguments(arguments: TrainArguments) -> dict[str, Any]:
-    return {
-        "model": arguments.model.model_name_or_path,
-        "quantization_config": arguments.model.quantization_config(),
-        "peft_config": arguments.model.peft_config(),
-    }
-
-
-def _fastest_attention(config: DPOConfig) -> dict[str, str]:
-    """flash-attn where it can run; else transformers chooses."""
-    half = config.bf16 or config.fp16
-    usable = half and config.device.type == "cuda" and is_flash_attn_2_available()
-    return {"attn_implementation": "flash_attention_2"} if usable else {}
-
-
-def _pairs(groups: Mapping[str, list]) -> dict[str, list]:
-    pairs: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    columns = (groups[name] for name in ("prompt_ids", "completion_ids", "comparisons"))
-    for prompt, completions, comparisons in zip(*columns, strict=True):
-        for winner, loser in comparisons:
-            pairs["prompt_ids"].append(prompt)
-            pairs["chosen_ids"].append(completions[winner])
-            pairs["rejected_ids"].append(completions[loser])
-    return pairs
-
-
-_TRAINERS = {"dpo_fast": _dpo_fast, "trl": _trl}
