@@ -43,7 +43,7 @@ demo: env
 	.venv/bin/dpo-fast demo
 
 test: env
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses $(shell nproc) --dist worksteal
 
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
