@@ -1,4 +1,4 @@
-"""Answers one question by measuring: `python benchmarks/run.py QUESTION [options]`; each question explains its options.
+"""Entry point of the benchmarks: `python benchmarks/run.py QUESTION [options]`; each question explains its options.
 
 Without a question it lists them. Results go to `benchmarks/results/`, or where --out says.
 """

@@ -1,4 +1,4 @@
-"""How a kernel benchmark takes its figures: check first, then one repeat of everyone in turn, time and memory together.
+"""Figures of a kernel benchmark: check first, then a repeat of everyone in turn, time and memory together.
 
 A repeat is a forward and, where its result asks for one, a backward; each part has its own time.
 
@@ -39,7 +39,7 @@ _ERROR_BLOCK = 1 << 26  # elements that are compared in float64 at a time
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one repeat took: milliseconds of its two parts, and bytes beyond what was there before."""
+    """Cost of one repeat: milliseconds of its two parts, and bytes beyond what was there before."""
 
     forward_ms: float
     backward_ms: float
@@ -52,16 +52,16 @@ class Repeat:
 
 @dataclass
 class Row:
-    """One row of a result: what a provider measured, or why it did not.
+    """One row of a result: figures of a provider, or the reason why there are none.
 
     Attributes:
-        provider: who computes.
-        mode: what is computed.
+        provider: name of the provider.
+        mode: name of the computation.
         status: "timed", "skipped" (cannot run here), "wrong" (computes something else) or "failed" (raised an error).
-        reason: why it was not timed.
+        reason: reason why the row was not timed.
         errors: relative errors on the small problem, by name of the tensor.
-        errors_at_size: the same at the size that is timed.
-        figures: whatever the benchmark derives from the repeats.
+        errors_at_size: relative errors at the size that is timed.
+        figures: figures that the benchmark derives from the repeats.
     """
 
     provider: str
@@ -79,7 +79,7 @@ class Row:
         print(f"{self.provider}, {self.mode}: {status}: {reason}", flush=True)
 
     def attempt(self, function: Callable[[], Any]) -> Any:
-        """Returns what the function returns; an error of it is this row's end, not the benchmark's."""
+        """Return what the function returns; an error in it ends this row, not the benchmark."""
         try:
             return function()
         except torch.cuda.OutOfMemoryError:
@@ -90,7 +90,7 @@ class Row:
         return None
 
     def check(self, errors: dict[str, float], dtype: str, at_size: bool = False) -> None:
-        """Remembers errors, and refuses the row when one is above the limit or not a number."""
+        """Remember errors, and refuse the row when one is above the limit or not a number."""
         limit = LIMITS[dtype] * (SIZE_FACTOR if at_size else 1)
         (self.errors_at_size if at_size else self.errors).update(errors)
         wrong = {name: error for name, error in errors.items() if not error <= limit}
@@ -100,7 +100,7 @@ class Row:
             self.refuse("wrong", f"{where} {found}, the limit for {dtype} is {limit:.0e}")
 
     def spreads(self) -> dict[str, Any]:
-        """Milliseconds of both parts and their sum with spread, and the largest peak of memory."""
+        """Return milliseconds of both parts and their sum with spread, and the largest peak of memory."""
         peaks = [repeat.peak_bytes for repeat in self.repeats if repeat.peak_bytes is not None]
         return {
             "ms_forward": spread([repeat.forward_ms for repeat in self.repeats]),
@@ -110,13 +110,13 @@ class Row:
         }
 
     def record(self) -> dict[str, Any]:
-        """This row for a result file."""
+        """Return this row for a result file."""
         names = ("provider", "mode", "status", "reason", "errors", "errors_at_size")
         return {**{name: getattr(self, name) for name in names}, **self.figures}
 
 
 def skip(rows: Sequence[Row], reason: str | None) -> None:
-    """Leaves rows of one provider out for a reason, None for none; the same is said once only."""
+    """Leave rows of one provider out for a reason, None for none; print the same reason only once."""
     if reason:
         for row in rows:
             row.status, row.reason = "skipped", reason
@@ -137,7 +137,7 @@ class Stopwatch:
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
 
     def repeat(self, forward: Callable[[], Tensor]) -> Repeat:
-        """Runs a forward that returns a scalar or needs no backward, and the backward where its result has one."""
+        """Run a forward that returns a scalar or needs no backward, and the backward where its result has one."""
         before = self._start_memory()
         if self._cuda:
             self._flush.zero_()
@@ -180,13 +180,13 @@ def take_turns(
     repeats: int,
     deadline: float,
 ) -> None:
-    """Adds repeats to the rows that are not refused: one of each in turn, until there are enough or time is short.
+    """Add repeats to the rows that are not refused: one of each in turn, until there are enough or time is short.
 
     Args:
-        rows: whose turn it is, in this order; every second round backwards, so that nobody always follows the same.
-        run: takes one repeat of a row.
-        repeats: rounds at most; there is always one.
-        deadline: by `time.monotonic()`, that no round is begun for which the last one would have been too long.
+        rows: rows in the order of a round; every second round goes backwards, so that nobody always follows the same.
+        run: function that takes one repeat of a row.
+        repeats: largest number of rounds; there is always one.
+        deadline: instant of `time.monotonic()`; a round as long as the last one must end before it.
     """
     for turn in range(repeats):
         began = time.monotonic()
@@ -200,7 +200,7 @@ def take_turns(
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Returns ‖found − truth‖ / ‖truth‖ in float64; NaN where found is not finite."""
+    """Return ‖found − truth‖ / ‖truth‖ in float64; NaN where found is not finite."""
     if found.shape != truth.shape:
         return float("nan")
     square, norm = (torch.zeros((), dtype=torch.float64, device=truth.device) for _ in range(2))
@@ -213,7 +213,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def import_error(*modules: str) -> str | None:
-    """Why an optional peer cannot be imported; None when it can."""
+    """Return why an optional peer cannot be imported, or None when it can."""
     for module in modules:
         try:
             __import__(module)
@@ -227,7 +227,7 @@ def _first_line(error: Exception) -> str:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Returns lines with columns in line, the first to the left and the others to the right."""
+    """Return lines with aligned columns, the first to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     return [
         "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))  # noqa: B905
@@ -236,7 +236,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def fail_if_wrong(problems: Sequence[Mapping[str, Any]], ours: Collection[str]) -> None:
-    """Ends the script with an error when a row of ours is wrong or failed."""
+    """End the script with an error when a row of ours is wrong or failed."""
     rows = [row for problem in problems for row in problem["table"]]
     bad = {row["provider"] for row in rows if row["status"] in ("wrong", "failed")} & set(ours)
     if bad:
@@ -244,12 +244,12 @@ def fail_if_wrong(problems: Sequence[Mapping[str, Any]], ours: Collection[str]) 
 
 
 def shares(problem: Mapping[str, Any], figure: str) -> dict[str, float]:
-    """Returns a figure of every row of a problem that has it, by provider and mode."""
+    """Return a figure of every row of a problem that has it, by provider and mode."""
     return {f"{row['provider']}, {row['mode']}": row[figure] for row in problem["table"] if figure in row}
 
 
 def plot_bars(panels: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
-    """Draws one panel of horizontal bars for each title, with a line at 100 %; nothing where matplotlib is missing."""
+    """Draw one panel of horizontal bars per title, with a line at 100 %; nothing where matplotlib is missing."""
     panels = {title: bars for title, bars in panels.items() if bars}
     try:
         import matplotlib

@@ -1,4 +1,4 @@
-"""How near does shared-prefix attention come to a plain causal call of the same FLOPs?
+"""How near does shared-prefix attention come to a plain causal call of the same FLOP?
 
     python benchmarks/run.py attention --seconds 60 --out results
 
@@ -7,7 +7,7 @@ two calls that share nothing, on PyTorch's own kernels and with their usual, uno
 
     plain        causal, sequences of one length, one for every completion, so long that the FLOPs are equal:
                  the ceiling, nothing is gathered or shared
-    duplicated   causal, every completion behind a copy of its prompt, more FLOPs: what sharing saves
+    duplicated   causal, every completion behind a copy of its prompt, more FLOP: what sharing saves
 
 FLOP counted, for all alike: 4·D·Hq a visible (query, key) pair in the forward and 10·D·Hq in the backward; what a
 backend computes twice is not counted twice. A provider is checked on a small row against float64 before it is timed,
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def inputs(tokens: int, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v as leaves, and a gradient of the output."""
+    """Return q, k, v as leaves, and a gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
     query_heads, key_heads, head_dim = heads
     return [
@@ -116,7 +116,7 @@ def ours(backend: str, layout: PrefixLayout) -> Attention:
 
 
 def wrong(backend: str, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> str | None:
-    """Why a backend of ours must not be timed: it cannot run here, or errs more than twice as far as eager PyTorch."""
+    """Return why a backend of ours must not be timed: it cannot run here, or errs too far; None when it may."""
     layout = PrefixLayout.build(CHECKED).to(device)
     *tensors, dout = inputs(layout.spans.shape[1], heads, dtype, device)
 
@@ -142,7 +142,7 @@ def wrong(backend: str, heads: tuple[int, int, int], dtype: torch.dtype, device:
 
 
 def visible_pairs(groups: Sequence[Sequence[int]]) -> int:
-    """(query, key) pairs that are visible: a prompt's own once a group, each completion's with prompt and itself."""
+    """Return the number of visible (query, key) pairs: a prompt's own once per group, a completion's with both."""
     return sum(
         prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in completions)
         for prompt, *completions in groups
@@ -150,7 +150,7 @@ def visible_pairs(groups: Sequence[Sequence[int]]) -> int:
 
 
 def plain_groups(groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """As many sequences as completions, of the one length that has as many visible pairs, rounded."""
+    """Return as many sequences as completions, of the one length that has as many visible pairs, rounded."""
     count = sum(len(completions) for _, *completions in groups)
     length = round((math.sqrt(1 + 8 * visible_pairs(groups) / count) - 1) / 2)
     return [(0, length)] * count
@@ -184,7 +184,7 @@ class _Causal(torch.autograd.Function):
 
 
 def causal(lengths: Sequence[int], device: str, dtype: torch.dtype) -> Attention:
-    """Plain causal attention on sequences one after another."""
+    """Return plain causal attention on sequences one after another."""
     if device == "cuda" and dtype != torch.float32:
         offsets = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
         return lambda q, k, v: _Causal.apply(q, k, v, offsets, max(lengths))
@@ -207,7 +207,7 @@ def measure(
     device: str,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Times all providers in turns for about `seconds`; one row each."""
+    """Time all providers in turns for about `seconds`, and return a row for each."""
     layout = PrefixLayout.build(groups).to(device)
     own = inputs(layout.spans.shape[1], heads, dtype, device)
     steps = {backend: (ours(backend, layout), own, groups) for backend in backends}
@@ -241,7 +241,7 @@ def measure(
 
 
 def timed_step(attention: Attention, tensors: Sequence[Tensor], device: str) -> tuple[float, float]:
-    """Milliseconds of forward and backward."""
+    """Return the milliseconds of forward and backward."""
     *leaves, dout = tensors
     if device == "cpu":
         start = time.perf_counter()

@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_plan(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Returns the problems, cheap ones first: the default ones, or every shape with every number of rows."""
+    """Return the problems, cheap ones first: the default ones, or every shape with every number of rows."""
     cuda = torch.cuda.is_available()
     default = CUDA_PLAN if cuda else CPU_PLAN
     if options.shapes or options.rows:
@@ -141,7 +141,7 @@ def run_problem(
     device: torch.device,
     deadline: float,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Checks and times everyone at one shape and number of rows; returns what the problem is, and the rows."""
+    """Check and time everyone at one shape and number of rows; return the problem's figures and the rows."""
     dtype = DTYPES[options.dtype]
     names = [name for name in PROVIDERS if name in (options.providers or PROVIDERS) or name == "bare"]
     rows = [Row(name, mode) for mode in MODES for name in names if mode in PROVIDERS[name].products]
@@ -175,7 +175,7 @@ def prepare_and_check(
     truth_dtype: torch.dtype,
     at_size: bool = False,
 ) -> dict[tuple[str, str], Candidate]:
-    """Lays out every row's inputs, runs it once (which warms it up) and compares the result with the truth."""
+    """Lay out the inputs of every row, run it once to warm up, and compare the result with the truth."""
     candidates = {}
     for objective in dict.fromkeys(PROVIDERS[row.provider].objective for row in rows):
         truth = None
@@ -204,7 +204,7 @@ def _warm_up(candidate: Candidate, problem: HeadProblem, mode: str) -> None:
 
 
 def add_figures(rows: Sequence[Row], problem: HeadProblem, candidates: Mapping[tuple[str, str], Candidate]) -> None:
-    """Fills in what follows from the repeats: milliseconds, memory, TFLOP/s and the share of the bare products."""
+    """Fill in what follows from the repeats: milliseconds, memory, TFLOP/s and the share of the bare products."""
     width = 2 * problem.shape.hidden * problem.shape.vocabulary
     for row in rows:
         if row.status == "timed":
@@ -220,7 +220,7 @@ def add_figures(rows: Sequence[Row], problem: HeadProblem, candidates: Mapping[t
 
 
 def full_table(rows: Sequence[Row]) -> list[str]:
-    """Returns all figures of a problem as lines of text."""
+    """Return all figures of a problem as lines of text."""
     header = ["", "ms fwd", "bwd", "both", "p20", "p80", "n", "GiB", "TFLOP/s", "% bare", "error", "at size"]
     lines = []
     for row in rows:
@@ -244,7 +244,7 @@ def _title(problem: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """Returns the short table: a line for each problem and mode, milliseconds and % of the bare products."""
+    """Return the short table: a line for each problem and mode, milliseconds and % of the bare products."""
     names = [name for name in PROVIDERS if name != "bare"]
     lines = []
     for mode in MODES:
@@ -272,7 +272,7 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def test_head(benchmark, provider, frozen):
-    """256 rows of a head of 64 × 2003; a provider without gradient runs its forward."""
+    """Time 256 rows of a head of 64 × 2003; a provider without gradient runs its forward."""
     import pytest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -33,7 +33,7 @@ class HeadShape:
     softcap: float | None = None
 
     def small(self) -> HeadShape:
-        """The same head with so few words that float64 costs nothing."""
+        """Return the same head with so few words that float64 costs nothing."""
         return HeadShape(self.hidden, max(min(self.vocabulary, 503), self.vocabulary // 64), self.softcap)
 
 
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def pair_lengths(rows: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Returns lengths of pairs of completions that sum to exactly `rows`.
+    """Return lengths of pairs of completions that sum to exactly `rows`.
 
     Raises:
         ValueError: there are too few rows for a pair.
@@ -69,7 +69,7 @@ def pair_lengths(rows: int, seed: int = 0) -> list[tuple[int, int]]:
 
 
 def dpo(logps: Tensor, ref_logps: Tensor | float) -> Tensor:
-    """The sigmoid loss of S/2 pairs from their sequence log-probs [S], chosen and rejected in turn; a mean."""
+    """Return the mean sigmoid loss of S/2 pairs from their sequence log-probs [S], chosen and rejected in turn."""
     chosen, rejected = (logps - ref_logps).view(-1, 2).unbind(1)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -110,17 +110,17 @@ class HeadProblem:
         return linear_logps_reference(hidden[rows], weight, self.targets[rows], None, self.transform).logps
 
     def sums(self, logps: Tensor) -> Tensor:
-        """Returns sequence log-probs [S] of token log-probs [N], differentiable."""
+        """Return sequence log-probs [S] of token log-probs [N], differentiable."""
         return logps.new_zeros(len(self.lengths)).index_add(0, self.completion, logps)
 
     def loss(self, logps: Tensor, objective: str = "dpo") -> Tensor:
-        """Returns the loss of token log-probs [N]: "dpo", "dpo without reference" or "nll" (their negative mean)."""
+        """Return the loss of token log-probs [N]: "dpo", "dpo without reference" or "nll" (their negative mean)."""
         if objective == "nll":
             return -logps.mean()
         return dpo(self.sums(logps), self.ref_logps if objective == "dpo" else 0.0)
 
     def truth(self, objective: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Returns loss, sequence log-probs and gradients by plain PyTorch in `dtype`, a block of rows at a time."""
+        """Return loss, sequence log-probs and gradients by plain PyTorch in `dtype`, a block of rows at a time."""
         x, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (self.hidden, self.weight))
         blocks = self._blocks()
         with torch.no_grad():

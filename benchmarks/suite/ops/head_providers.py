@@ -319,7 +319,7 @@ PROVIDERS = {
 
 
 def solve(candidate: Candidate, problem: HeadProblem, mode: str) -> dict[str, Tensor]:
-    """Runs a candidate once; returns its loss and gradients, or its sequence log-probs in mode "forward"."""
+    """Run a candidate once; return its loss and gradients, or its sequence log-probs in mode "forward"."""
     set_leaves(candidate, problem, mode)
     result = candidate.forward()
     if mode == "forward":
@@ -332,7 +332,7 @@ def solve(candidate: Candidate, problem: HeadProblem, mode: str) -> dict[str, Te
 
 
 def set_leaves(candidate: Candidate, problem: HeadProblem, mode: str) -> None:
-    """Lets what the mode says need a gradient, and drops the gradients of the last run."""
+    """Require gradients of the leaves that train in a mode, and drop the gradients of the last run."""
     for leaf, trains in ((candidate.hidden, mode != "forward"), (problem.weight, mode == "trainable")):
         leaf.requires_grad_(trains)
         leaf.grad = None

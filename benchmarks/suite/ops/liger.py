@@ -104,14 +104,14 @@ class PaddedProblem:
 
     @torch.no_grad()
     def _reference(self) -> Tensor:
-        """Returns the reference's sequence log-probs, pair after pair, by plain PyTorch."""
+        """Return the reference's sequence log-probs, pair after pair, by plain PyTorch."""
         rows = self.ref_hidden.view(-1, self.ref_hidden.shape[-1])[self.place]
         step = max(1, _TRUTH_BLOCK // self.ref_weight.shape[0])
         parts = zip(rows.split(step), self.head.targets.split(step), strict=True)
         return self.head.sums(torch.cat([linear_logps_reference(x, self.ref_weight, t, None).logps for x, t in parts]))
 
     def unpack(self, gradient: Tensor) -> Tensor:
-        """Returns a padded gradient's score rows; NaN where it is not 0 elsewhere."""
+        """Return a padded gradient's score rows; NaN where it is not 0 elsewhere."""
         flat = gradient.flatten(0, 1)
         elsewhere = flat.index_fill(0, self.place, 0).any()
         return torch.where(elsewhere, torch.nan, flat[self.place])
@@ -213,7 +213,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_plan(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Returns the problems: the default ones, or every shape with every number of rows."""
+    """Return the problems: the default ones, or every shape with every number of rows."""
     default = CUDA_PLAN if torch.cuda.is_available() else CPU_PLAN
     shapes = options.shapes or [name for name, _ in default]
     return [(name, count) for count in options.rows or [default[0][1]] for name in shapes]
@@ -226,7 +226,7 @@ def run_problem(
     device: torch.device,
     deadline: float,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Checks and times everyone at one shape and number of rows; returns what the problem is, and the rows."""
+    """Check and time everyone at one shape and number of rows; return the problem's figures and the rows."""
     dtype = DTYPES[options.dtype]
     rows = [Row(name, mode) for mode in options.modes for name in PROVIDERS]
     for name in PROVIDERS:
@@ -258,7 +258,7 @@ def prepare_and_check(
     truth_dtype: torch.dtype,
     at_size: bool = False,
 ) -> dict[tuple[str, str], Candidate]:
-    """Runs every row once, which warms it up, and compares the result with the truth."""
+    """Run every row once to warm up, and compare the result with the truth."""
     candidates: dict[tuple[str, str], Candidate] = {}
     for no_reference in (False, True):
         truth = None
@@ -278,7 +278,7 @@ def prepare_and_check(
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """Returns the short table: a line for each problem, mode and provider."""
+    """Return the short table: a line for each problem, mode and provider."""
     header = ["head + DPO loss, padded", "ms", "p20", "p80", "n", "GiB", "error", "at size"]
     lines = []
     for problem in report["problems"]:

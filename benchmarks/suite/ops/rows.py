@@ -88,7 +88,7 @@ class RowsProblem:
         return logps.new_zeros(len(self.coefficient)).index_add(0, self.completion, logps)
 
     def errors(self, found: Mapping[str, Tensor]) -> dict[str, float]:
-        """Relative errors of `sums`, of `D`, and of `gradient`, D times its completion's coefficient."""
+        """Return relative errors of `sums`, of `D`, and of `gradient`, D times its completion's coefficient."""
         errors, z, targets = {}, self.logits[self._sample].double(), self.targets[self._sample]
         for name, tensor in found.items():
             if name == "sums":
@@ -110,7 +110,7 @@ class Candidate:
 
 
 def _tile(backend: str):
-    """The functions on a tile: they are handed memory to write to, and no autograd."""
+    """Return a provider of the functions on a tile: they are handed memory to write to, and no autograd."""
 
     def prepare(problem: RowsProblem, mode: str) -> Candidate:
         ops, options = row_operations(backend), {"transform": _PLAIN}
@@ -144,7 +144,7 @@ def _tile(backend: str):
 
 
 def _differentiable(make_sums: Callable[[RowsProblem, Tensor], Tensor]):
-    """A function from logits to sums, whose gradient autograd takes."""
+    """Return a provider of a function from logits to sums, whose gradient autograd takes."""
 
     def prepare(problem: RowsProblem, mode: str) -> Candidate:
         if mode == "forward":
@@ -283,7 +283,7 @@ def run_problem(
     device: torch.device,
     deadline: float,
 ) -> list[Row]:
-    """Checks and times everyone on one kind of logits."""
+    """Check and time everyone on one kind of logits."""
     problem = RowsProblem(vocabulary, options.rows, DTYPES[dtype], device)
     names = [name for name in PROVIDERS if name in options.providers or name == "copy"]
     rows = [Row(name, mode) for name in names for mode in PROVIDERS[name].modes]
@@ -311,7 +311,7 @@ def run_problem(
 
 
 def prepare_and_check(rows: Sequence[Row], problem: RowsProblem, dtype: str) -> dict[tuple[str, str], Candidate]:
-    """Lays out every row's memory, runs it once (which warms it up) and compares what comes out with float64."""
+    """Lay out the memory of every row, run it once to warm up, and compare the result with float64."""
     candidates = {}
 
     def results(candidate: Candidate) -> Mapping[str, Tensor]:
@@ -336,7 +336,7 @@ def _title(problem: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """Returns the short table: a line for each kind of logits, GB/s of the copy and everyone's share of it."""
+    """Return the short table: a line for each kind of logits, GB/s of the copy and everyone's share of it."""
     names = [name for name in PROVIDERS if name != "copy"]
     lines = []
     for problem in report["problems"]:
@@ -361,7 +361,7 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def test_rows(benchmark, provider, mode):
-    """97 rows of 2003 logits in fp32."""
+    """Time 97 rows of 2003 logits in fp32."""
     import pytest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

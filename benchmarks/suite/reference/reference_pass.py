@@ -81,7 +81,7 @@ def _receive(name: str, pipe) -> Any:
 
 
 def _work(name: str, options: argparse.Namespace, folder: str, pipe) -> None:
-    """The child process: builds a trainer, then the log-probs of a slice for every message."""
+    """Build a trainer, then compute the log-probs of a slice for every message: the child process."""
     os.environ["HF_DATASETS_CACHE"] = str(Path(folder, "datasets", name))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

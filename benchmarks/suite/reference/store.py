@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def measure_size(rows: int, repeats: int, spread: Any) -> dict[str, Any]:
-    """Makes a store, measures it in fresh processes and removes it."""
+    """Make a store, measure it in fresh processes and remove it."""
     root = tempfile.mkdtemp(prefix="bench_store-")
     try:
         folder = Folder(ReferenceStore(root, DESCRIPTION).folder)
@@ -118,7 +118,7 @@ def measure_size(rows: int, repeats: int, spread: Any) -> dict[str, Any]:
 
 
 def second_pass(repeats: int) -> dict[str, Any]:
-    """Seconds that a pass takes when the store has all: opening it, keys of the rows, lookup, the new column."""
+    """Return the seconds of a pass whose store has all: opening it, keys of the rows, lookup, the new column."""
     import pyarrow as pa
     from datasets import Dataset
 
@@ -161,7 +161,7 @@ def _nothing_to_score(packed: Any) -> Any:
 
 
 def part_content(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys, uint64 [n, 2], and token log-probs, fp32 [n, 4], of a part."""
+    """Return keys, uint64 [n, 2], and token log-probs, fp32 [n, 4], of a part."""
     generator = np.random.default_rng(number)
     keys = generator.integers(0, 2**64, (ROWS_PER_PART, 2), np.uint64)
     return keys, -generator.exponential(1.0, (ROWS_PER_PART, TOKENS)).astype(np.float32)
@@ -179,7 +179,7 @@ def in_process(root: str, rows: int) -> dict[str, float]:
 
 
 def measure(root: str, rows: int) -> dict[str, float]:
-    """Opens a store and looks keys up, half of them present; refuses to time wrong answers."""
+    """Open a store and look keys up, half of them present; refuse to time wrong answers."""
     parts = rows // ROWS_PER_PART
     asked = [part_content(number) for number in np.linspace(0, parts - 1, ASKED // 2 // ROWS_PER_PART).astype(int)]
     absent = np.random.default_rng(2**40).integers(0, 2**64, (ASKED // 2, 2), np.uint64)

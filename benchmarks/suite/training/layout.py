@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def synthetic_pairs(options: argparse.Namespace) -> Dataset:
-    """Token ids of pairs that fill all steps, one warm-up step included."""
+    """Return token ids of pairs that fill all steps, one warm-up step included."""
     generator = torch.Generator().manual_seed(0)
     scale = options.max_length / 2048
 
@@ -97,7 +97,7 @@ def synthetic_pairs(options: argparse.Namespace) -> Dataset:
 
 
 def train(layout: str, rows: Dataset, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one model in one layout and returns what was measured."""
+    """Train one model in one layout and return what was measured."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[options.size], vocab_size=VOCABULARY[options.size], max_position_embeddings=8192)
     cuda = torch.cuda.is_available()

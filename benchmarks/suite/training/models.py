@@ -91,7 +91,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str) -> PretrainedConfig:
-    """The configuration of one of `RANDOM_MODELS`, or of a folder or a name on the Hub."""
+    """Return the configuration of one of `RANDOM_MODELS`, or of a folder or a name on the Hub."""
     if name in RANDOM_MODELS:
         return AutoConfig.for_model(**{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **RANDOM_MODELS[name]})
     if "/" not in name and not Path(name).exists():
@@ -100,7 +100,7 @@ def model_config(name: str) -> PretrainedConfig:
 
 
 def build_model(name: str, *, dtype: torch.dtype, device: torch.device, attention: str | None) -> PreTrainedModel:
-    """The model to train, the same weights in every process."""
+    """Return the model to train, with the same weights in every process."""
     options = {"dtype": dtype, **({"attn_implementation": attention} if attention else {})}
     if name not in RANDOM_MODELS:
         return AutoModelForCausalLM.from_pretrained(name, **options)
@@ -110,7 +110,7 @@ def build_model(name: str, *, dtype: torch.dtype, device: torch.device, attentio
 
 
 def step_flops(config: PretrainedConfig, groups: Sequence[Mapping[str, Any]], *, frozen: bool) -> float:
-    """FLOPs that a training step on `groups` cannot do without."""
+    """Return the FLOP that a training step on `groups` cannot do without."""
     config = config.get_text_config()
     body, head = _parameters(config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -121,7 +121,7 @@ def step_flops(config: PretrainedConfig, groups: Sequence[Mapping[str, Any]], *,
 
 
 def unique_tokens(group: Mapping[str, Any]) -> int:
-    """Tokens of the prompt once, and of the completions."""
+    """Return the number of tokens of the prompt, once, and of the completions."""
     return len(group["prompt_ids"]) + _score_rows(group)
 
 
@@ -135,7 +135,7 @@ def _attended_pairs(group: Mapping[str, Any]) -> int:
 
 
 def _parameters(config: PretrainedConfig) -> tuple[float, int]:
-    """Weights that a token is multiplied with: in the body, of a mixture the share that it visits, and in the head."""
+    """Return how many weights multiply a token: in the body, of a mixture the visited share, and in the head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

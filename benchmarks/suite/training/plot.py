@@ -1,4 +1,4 @@
-"""Draws what run.py speed has measured.
+"""Pictures of what run.py speed has measured.
 
     python benchmarks/run.py plot speedup benchmarks/results/*_train-*.json --out speedup.png
     python benchmarks/run.py plot growth benchmarks/results/*_train-smollm2-135m-one-to-one-*.json --out growth.png
@@ -29,7 +29,7 @@ _VERSIONS = ("torch", "transformers", "trl")
 
 @dataclass(frozen=True)
 class Line:
-    """y = slope · x + intercept, and the share of y's variance that it explains."""
+    """A line, y = slope · x + intercept, and the share of y's variance that it explains."""
 
     slope: float
     intercept: float
@@ -37,7 +37,7 @@ class Line:
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> Line:
-    """Least squares.
+    """Return the line of least squares.
 
     Raises:
         ValueError: fewer than three points, or all at one x.
@@ -55,7 +55,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> Line:
 
 
 def caption(results: Sequence[Result]) -> str:
-    """Hardware, versions and date of results.
+    """Return hardware, versions and date of results.
 
     Raises:
         ValueError: they differ in hardware or versions.
@@ -76,7 +76,7 @@ def caption(results: Sequence[Result]) -> str:
 
 
 def speedups(results: Sequence[Result], against: str) -> dict[str, list[tuple[int, float, float, float]]]:
-    """Lines of (max_length, speed-up, p20, p80), by what they are of; results without that side are left out."""
+    """Return lines of (max_length, speed-up, p20, p80) by their label; results without that side are left out."""
     lines = defaultdict(list)
     for result in results:
         if against in result["against"]:
@@ -99,7 +99,7 @@ def _label(settings: Mapping[str, Any]) -> str:
 
 
 def growth(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """By side: unique tokens, seconds and peak memory of a step, a point a result, and the lines that fit them."""
+    """Return unique tokens, seconds and peak memory of a step, a point per result, with fitted lines, by side."""
     sides: dict[str, dict[str, Any]] = defaultdict(lambda: {"tokens": [], "largest": [], "seconds": [], "gib": []})
     for result in results:
         tokens = result["unique_tokens"]

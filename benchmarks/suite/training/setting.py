@@ -1,4 +1,4 @@
-"""How one side of run.py speed trains."""
+"""The setting of one side of run.py speed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ class Setting:
     """A side and all that its process needs to know, beside the rows.
 
     Attributes:
-        provider: who trains, one of `PROVIDER_NAMES`.
+        provider: trainer, one of `PROVIDER_NAMES`.
         model: one of `models.RANDOM_MODELS`, a folder, or a name on the Hub.
-        micro_batch: rows of the side (groups, or for trainers of pairs their pairs) in one forward and backward.
-        accumulation: micro-batches of an optimizer step.
-        checkpointing: recompute activations in the backward.
-        compiled: torch.compile; whole in other trainers, layer by layer in dpo_fast.
+        micro_batch: number of the side's rows in one forward and backward: groups, or pairs for trainers of pairs.
+        accumulation: number of micro-batches in an optimizer step.
+        checkpointing: whether the backward recomputes activations.
+        compiled: whether torch.compile is used; whole in other trainers, layer by layer in dpo_fast.
         precision: fp32, or bf16 for autocast; frozen weights (LoRA) are bf16 then.
-        lora: train a rank-16 adapter of all linear layers.
-        max_length: tokens that rows were cut to.
-        max_tokens: of a pack of dpo_fast; None for what it takes by itself.
-        steps: timed optimizer steps; one before them warms up.
+        lora: whether a rank-16 adapter of all linear layers is trained.
+        max_length: number of tokens that rows were cut to.
+        max_tokens: bound on the tokens of a pack of dpo_fast; None for its own choice.
+        steps: number of timed optimizer steps; one before them warms up.
         watched: whether one more step is watched for host syncs and time by part.
-        memory_gib: what the process may allocate; None for what is free.
-        learning_rate: of the first step; it falls linearly to 0.
+        memory_gib: memory that the process may allocate; None for what is free.
+        learning_rate: learning rate of the first step; it falls linearly to 0.
     """
 
     provider: str
@@ -49,5 +49,5 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Rows of one optimizer step."""
+        """Return the number of rows in one optimizer step."""
         return self.micro_batch * self.accumulation

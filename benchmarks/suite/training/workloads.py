@@ -55,7 +55,7 @@ PUBLISHED = {
 def synthetic_groups(
     name: str, count: int, *, group_size: int, max_length: int, vocab_size: int, seed: int = 0
 ) -> list[Group]:
-    """`count` groups of random tokens; what exceeds `max_length` is cut, and a prompt that leaves no room drawn again.
+    """Return groups of random tokens; what exceeds `max_length` is cut, and a prompt without room is drawn again.
 
     Raises:
         ValueError: nearly all prompts of these lengths exceed `max_length`.
@@ -96,7 +96,7 @@ def _ids(draw: random.Random, length: int, vocab_size: int) -> list[int]:
 def dataset_groups(
     name: str, count: int, *, group_size: int, max_length: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> list[Group]:
-    """`count` groups of a dataset in any format of `dpo-fast train`, in an order drawn once, cut to `max_length`.
+    """Return groups of a dataset in any format of `dpo-fast train`, in an order drawn once, cut to `max_length`.
 
     With a `group_size` of 2 every comparison is a group of its own; above, rows with so many completions, all compared.
 
@@ -133,11 +133,11 @@ def _pair(row: Group, winner: int, loser: int) -> Group:
 
 
 def all_comparisons(group_size: int) -> list[list[int]]:
-    """Every completion against every later one."""
+    """Return the comparisons of every completion with every later one."""
     return [[winner, loser] for winner in range(group_size) for loser in range(winner + 1, group_size)]
 
 
 def save_rows(groups: Sequence[Group], folder: str) -> None:
-    """Writes what the sides read: `groups` and `pairs`."""
+    """Write what the sides read: `groups` and `pairs`."""
     Dataset.from_list(list(groups)).save_to_disk(f"{folder}/groups")
     Dataset.from_list(pairs_of(groups)).save_to_disk(f"{folder}/pairs")

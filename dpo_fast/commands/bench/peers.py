@@ -1,4 +1,4 @@
-"""Whether TRL can train the same steps on the same rows, so that a comparison with it means something."""
+"""Obstacles that keep TRL from training the same steps on the same rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _IGNORES_SMOOTHING = {"sigmoid", "sigmoid_norm"}
 
 
 def trl_obstacle(config: DPOConfig, groups: Dataset) -> str | None:
-    """Why TRL takes no part, to go on after 'because'; None when nothing speaks against it.
+    """Return why TRL takes no part, as words after "because"; None when TRL can take part.
 
     Args:
-        config: of the run.
-        groups: the prepared groups that are to be trained on.
+        config: options of the run.
+        groups: prepared groups to train on.
     """
     found = _installed_release()
     if found is None:

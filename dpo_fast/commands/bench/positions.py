@@ -1,7 +1,7 @@
-"""What a dataset costs in token positions, counted exactly without running a model.
+"""Token positions of a dataset, counted exactly without running a model.
 
-A usual trainer runs two rows `[prompt | completion | padding]` for every comparison, as long as the longest row of the
-batch. Its positions an epoch are those that run here, packed and with each prompt once, plus three kinds of waste:
+A usual trainer runs two rows `[prompt | completion | padding]` per comparison, as long as the longest row of the batch.
+Its positions per epoch are those that run here, packed and with each prompt once, plus three kinds of waste:
 
     usual = packed + repeated prompts + repeated completions + padding
 
@@ -25,7 +25,7 @@ from dpo_fast.config import DPOConfig
 
 
 class Lengths(NamedTuple):
-    """Tokens; each figure is the length of something that is there."""
+    """Lengths in tokens; each figure is the length of a row that is there."""
 
     median: int
     percent_90: int
@@ -34,12 +34,12 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """What merging groups of the same prompt would do.
+    """Effect of merging groups of the same prompt.
 
     Attributes:
-        groups: those whose prompt another group has too.
-        merged_groups: groups that are left after merging.
-        merged_positions: packed token positions an epoch then; equal completions of a prompt run once.
+        groups: number of groups whose prompt another group has too.
+        merged_groups: number of groups that are left after merging.
+        merged_positions: packed token positions per epoch after merging; equal completions of a prompt run once.
     """
 
     groups: int
@@ -83,12 +83,12 @@ def lengths_only(dataset: Dataset) -> list[PreferenceGroup]:
 
 
 def count_positions(dataset: Dataset, groups: Sequence[PreferenceGroup], batches: Sequence[Sequence[int]]) -> Positions:
-    """Counts an epoch.
+    """Count the positions of an epoch.
 
     Args:
         dataset: prepared groups.
         groups: the same groups, from `lengths_only`.
-        batches: which groups a usual trainer pads together; together one epoch.
+        batches: indices of groups that a usual trainer pads together; all of them are one epoch.
     """
     packed = prompts = completions = rows = usual = 0
     for batch in batches:
@@ -125,7 +125,7 @@ def count_positions(dataset: Dataset, groups: Sequence[PreferenceGroup], batches
 
 
 def _token_rows(dataset: Dataset) -> Iterator[tuple[np.ndarray, list[np.ndarray], list, list[int]]]:
-    """Token ids of prompt and completions, comparisons and context lengths of every group, without Python lists."""
+    """Yield token ids of prompt and completions, comparisons and context lengths of every group, as arrays."""
     columns = ["prompt_ids", "completion_ids", "comparisons", "context_lengths"]
     for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for prompt, completions, comparisons, contexts in zip(*(batch[column] for column in columns), strict=True):
@@ -139,7 +139,7 @@ def _lengths(values: Sequence[int]) -> Lengths:
 
 
 def _shared_prompts(dataset: Dataset) -> SharedPrompts:
-    """Groups without a prompt of their own to share stay apart, as `group_by_prompt` leaves them."""
+    """Count what merging would do; groups with no prompt to share stay apart, as `group_by_prompt` leaves them."""
     members: Counter[tuple] = Counter()
     completions: set[tuple] = set()
     positions = 0
@@ -160,13 +160,13 @@ def _shared_prompts(dataset: Dataset) -> SharedPrompts:
 
 
 def epoch_batches(groups: int, config: DPOConfig) -> list[list[int]]:
-    """The first epoch of a run with `config` on so many groups: their indices, a list for each micro-batch."""
+    """Return the first epoch of a run on so many groups: their indices, a list per micro-batch."""
     trainer = Trainer(nn.Linear(1, 1), config, lambda indices: {"groups": indices}, range(groups))
     return [batch["groups"] for batch in trainer.get_train_dataloader()]
 
 
 def first_steps(batches: Sequence[Sequence[int]], groups_per_step: int, count: int) -> list[list[int]]:
-    """The groups of the first `count` steps of equal size; a dataset too small for them starts over."""
+    """Return the groups of the first `count` steps of equal size; a dataset too small for them starts over."""
     order = [index for batch in batches for index in batch]
     needed = groups_per_step * count
     order = (order * -(-needed // len(order)))[:needed]

@@ -1,4 +1,4 @@
-"""What `dpo-fast bench` prints: tables for people, before the one line of JSON for programs."""
+"""Tables that `dpo-fast bench` prints for people, before the one line of JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {"dpo_fast": "dpo_fast", "padded": "dpo_fast padded", "trl": "TRL 1.16"}
 
 
 def print_data(console: Console, summary: DataSummary, counted: Positions, config: DPOConfig) -> None:
-    """What the data hold, and what they cost in token positions."""
+    """Print what the data hold, and their cost in token positions."""
     console.print(str(summary), markup=False, soft_wrap=True)
     if summary.truncated or summary.dropped:
         console.print(
@@ -47,7 +47,7 @@ def print_data(console: Console, summary: DataSummary, counted: Positions, confi
 
 
 def print_measured(console: Console, measured: Mapping[str, Any]) -> None:
-    """Figures of every side, and our ratios to the others."""
+    """Print the figures of every side, and our ratios to the others."""
     columns = ("pairs/s", "s/step", "peak GiB", "positions/step", "epoch")
     table = Table("side", *(_right(name) for name in columns))
     for name, side in measured["sides"].items():
@@ -80,7 +80,7 @@ def print_measured(console: Console, measured: Mapping[str, Any]) -> None:
 
 
 def print_settings(console: Console, trials: Sequence[Trial], comparisons: int, settings: Mapping[str, Any]) -> None:
-    """The trials, and the settings to take as flags; a timed step of every trial is one of `comparisons` in all."""
+    """Print the trials, and the settings to take as flags; the timed steps of a trial have `comparisons` in all."""
     table = Table("batch × accumulation", *(_right(name) for name in ("tokens a pass", "recompute", "pairs/s", "GiB")))
     for trial in trials:
         setting, report = trial.setting, trial.report
@@ -107,7 +107,7 @@ def print_settings(console: Console, trials: Sequence[Trial], comparisons: int, 
 
 
 def print_advice(console: Console, settings: Mapping[str, Any], shared: SharedPrompts) -> None:
-    """What is not in the block of flags, because it changes the steps or needs no flag."""
+    """Print advice that is not in the block of flags, because it changes the steps or needs no flag."""
     lines = []
     if settings["group_by_prompt"]:
         lines.append(

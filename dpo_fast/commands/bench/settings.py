@@ -1,4 +1,4 @@
-"""Settings that train the same steps in other cuts: which to try, and which of those tried to take."""
+"""Settings that train the same steps in other cuts: candidates, trials, and the choice among them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME_SPEED = 1.03  # what short trials cannot tell apart; the smaller memory de
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is cut. All that are compared run the same groups a step, so that training stays the same."""
+    """The cut of a step. Compared settings run the same groups per step, so that training stays the same."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -24,18 +24,18 @@ class Setting:
 
     @property
     def groups(self) -> int:
-        """Groups of a step."""
+        """Return the number of groups in a step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def flags(self) -> list[str]:
-        """As flags of `dpo-fast train`."""
+        """Return the setting as flags of `dpo-fast train`."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was tried, and the report of it: a failure where it needs more memory than there is."""
+    """A tried setting with its report, or with a failure where it needs more memory than there is."""
 
     setting: Setting
     report: Report | Failure
@@ -57,13 +57,13 @@ class Trial:
 
 
 def candidates(own: Setting, step_tokens: int, group_tokens: int, gradient_checkpointing: bool) -> list[Setting]:
-    """Whole steps in one batch, cut by a bound on tokens, from the smallest memory to the largest.
+    """Return whole steps in one batch, cut by a bound on tokens, from the smallest memory to the largest.
 
     Args:
-        own: what the user has; left out of what is returned.
-        step_tokens: tokens of the heaviest step.
-        group_tokens: tokens of the heaviest group: a smaller bound cuts nothing more.
-        gradient_checkpointing: of all candidates.
+        own: the user's setting, which is not returned.
+        step_tokens: number of tokens in the heaviest step.
+        group_tokens: number of tokens in the heaviest group: a smaller bound cuts nothing more.
+        gradient_checkpointing: whether the candidates recompute activations.
     """
     bounds = sorted({_rounded(max(step_tokens / cut, group_tokens)) for cut in _CUTS})
     found = [Setting(own.groups, 1, bound, gradient_checkpointing) for bound in bounds]
@@ -80,7 +80,7 @@ def try_settings(
     group_tokens: int,
     run: Callable[[Sequence[Setting]], Iterator[Report | Failure]],
 ) -> list[Trial]:
-    """Tries the user's setting, then candidates until one does not fit.
+    """Try the user's setting, then candidates until one does not fit.
 
     Activations are recomputed (gradient checkpointing) only where nothing fits otherwise.
     """
@@ -97,7 +97,7 @@ def try_settings(
 
 
 def fastest(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest trial that fits; of those that are as fast within what short trials can tell, the smallest."""
+    """Return the fastest trial that fits; of trials that are as fast for all that is known, the smallest."""
     fitting = [trial for trial in trials if trial.fits]
     if not fitting:
         return None
