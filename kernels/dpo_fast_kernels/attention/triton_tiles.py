@@ -113,7 +113,8 @@ def key_block(ranges, block, offs_k, BLOCK_K: tl.constexpr):
     in_prompt = block < ranges.prompt_blocks
     start_k = tl.where(in_prompt, ranges.prompt_low, ranges.own_low - ranges.prompt_blocks * BLOCK_K) + block * BLOCK_K
     keys = start_k + offs_k
-    return start_k.to(tl.int64), keys, keys < tl.where(in_prompt, ranges.prompt_high, ranges.own_high)
+    mask_k = keys < tl.where(in_prompt, ranges.prompt_high, ranges.own_high)
+    return start_k.to(tl.int64), keys, mask_k
 
 
 @triton.jit
