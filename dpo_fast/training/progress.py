@@ -75,7 +75,7 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._pace = _Pace(state, self._clock)
         if self._console is not None and state.is_world_process_zero:
-            self._print(_table(self._console.width, header=True))
+            self._console.print(_table(self._console.width, header=True))
             self._has_header = True
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -100,14 +100,14 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
     def on_predict(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
         self._pace.pause()
-        self._erase()
+        self._erase(state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._pace.pause()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._has_header = False
-        self._erase()
+        self._erase(state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
@@ -118,31 +118,28 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
         if self._console is None:
             print(row.line, flush=True)
             return
+        self._erase(state)
         if row.has_cells and not self._has_header:  # an evaluation outside of training
-            self._print(_table(self._console.width, header=True))
+            self._console.print(_table(self._console.width, header=True))
         if row.has_cells:
             table = _table(self._console.width)
             table.add_row(*row.cells[: len(table.columns)], style="cyan" if row.prefix else "")
-            self._print(table)
+            self._console.print(table)
         if text := row.below:
-            self._print(Text(text))
-
-    def _print(self, renderable: Table | Text) -> None:
-        self._erase()
-        self._console.print(renderable)
+            self._console.print(Text(text))
 
     def _update(self, state: TrainerState, text: str) -> None:
-        """Shows what goes on in the line below the table, where whatever is printed next is written over it."""
+        """Show what is under way in the line below the table, where whatever is printed next is written over it."""
         console, now = self._console, self._clock()
         if console is None or not state.is_world_process_zero or now < self._updated + _SECONDS_BETWEEN_UPDATES:
             return
         if console.is_terminal and not console.is_dumb_terminal:
-            self._erase()
+            self._erase(state)
             console.print(Text(text, style="dim"), end="\r", no_wrap=True, overflow="crop")
             self._updated = now
 
-    def _erase(self) -> None:
-        if self._console is not None:
+    def _erase(self, state: TrainerState) -> None:
+        if self._console is not None and state.is_world_process_zero:
             self._console.control(_ERASE_LINE)
 
 
@@ -163,7 +160,7 @@ class _Pace:
             self._counted_at = self._clock()
 
     def count(self) -> None:
-        """Adds the time since the last call, unless training has paused."""
+        """Add the time since the last call, unless training has paused."""
         if self._counted_at is not None:
             now = self._clock()
             self._seconds += now - self._counted_at
@@ -171,11 +168,11 @@ class _Pace:
             self._counted_at = now
 
     def pause(self) -> None:
-        """Leaves the time out until the next step."""
+        """Leave the time out until the next step."""
         self._counted_at = None
 
     def tokens_per_second(self, state: TrainerState) -> int | None:
-        """Since the last call."""
+        """Return the mean since the last call."""
         self.count()
         tokens, seconds = state.num_input_tokens_seen - self._tokens, self._seconds
         self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
