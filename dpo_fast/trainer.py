@@ -31,6 +31,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.packing import PackedBatch, empty_pack
@@ -411,31 +412,56 @@ class DPOTrainer(Trainer):
         return loss, rows[:, :2], rows[:, 2]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Like `Trainer.evaluate`; a new dataset in any preference format is tokenised and gets its reference
-        log-probs.
+        """Do what `Trainer.evaluate` does, also for rows in any preference format.
 
         Raises:
-            ValueError: the store lacks some of them and the reference is not kept: it was a `ref_model`, or the policy
-                that has been trained since. Pass the dataset to the constructor instead.
+            InputError: the store lacks reference log-probs of new rows and the reference is not kept: it was a
+                `ref_model`, or the policy that has been trained since. Pass the dataset to the constructor instead.
         """
         if isinstance(eval_dataset, Dataset | IterableDataset | dict):
-            held_out = functools.partial(self._datasets.held_out, trained=self.state.global_step > 0)
-            eval_dataset = map_datasets(eval_dataset, held_out)
+            eval_dataset = map_datasets(eval_dataset, self._held_out)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._datasets.save_references()
         return metrics
 
+    def predict(self, test_dataset: Dataset | IterableDataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """Do what `Trainer.predict` does, also for rows in any preference format.
+
+        Returns:
+            The rewards of winner and loser, fp32 [comparisons, 2], as predictions; the weights of the comparisons as
+            labels; the metrics of an evaluation.
+
+        Raises:
+            InputError: as for `evaluate`.
+        """
+        output = super().predict(self._held_out(test_dataset, "test"), ignore_keys, metric_key_prefix)
+        self._datasets.save_references()
+        return output
+
+    def _held_out(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        return self._datasets.held_out(dataset, name, trained=self.state.global_step > 0)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Add the metrics of the batches to those of `Trainer.evaluation_loop`, under the names of this evaluation."""
+        self._metrics["eval"].clear()  # of an evaluation that an error ended
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._reduced("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode].reduce(lambda values: self.accelerator.gather(values[None]))
-        if mode == "train":
+        if self.model.training:
+            logs.update(self._reduced("train"))
             self._count_tokens()
-            metrics["num_tokens"] = self.state.num_input_tokens_seen
+            logs["num_tokens"] = self.state.num_input_tokens_seen
             if self.accelerator.num_processes > 1 and self._balances:
-                metrics["rank_balance"] = fmean(self._balances)
+                logs["rank_balance"] = fmean(self._balances)
             self._balances.clear()
-        logs.update({f"eval_{name}": value for name, value in metrics.items()} if mode == "eval" else metrics)
         super().log(logs, start_time)
+
+    def _reduced(self, mode: str) -> dict[str, float]:
+        """Return the metrics since the last call, of all ranks."""
+        return self._metrics[mode].reduce(lambda values: self.accelerator.gather(values[None]))
 
     def _count_tokens(self) -> None:
         """Adds the tokens of all ranks to the trainer's state, which checkpoints keep; a prompt counts once a group."""

@@ -109,6 +109,10 @@ class MetricAccumulator:
         self._closed.append(torch.stack([value.float() for part in parts for value in part]))
         self._batch = {}
 
+    def clear(self) -> None:
+        """Forget all batches."""
+        self._batch, self._closed = {}, []
+
     def reduce(self, gather: Gather = lambda values: values[None]) -> dict[str, float]:
         """Return the means over batches since the last call, in one transfer to the host.
 

@@ -210,8 +210,7 @@ class _Row:
         prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
         names = {f"{prefix}loss": "loss"}
         if prefix != _END:
-            metrics = "eval_" if prefix else ""
-            names |= {f"{metrics}rewards/margins": "margin", f"{metrics}rewards/accuracies": "accuracy"}
+            names |= {f"{prefix}rewards/margins": "margin", f"{prefix}rewards/accuracies": "accuracy"}
         figures = {column: logs[name] for name, column in names.items() if name in logs}
         if prefix == _END:
             figures["tokens_per_second"] = pace.mean_tokens_per_second(state)
@@ -248,7 +247,7 @@ class _Row:
             return f"Step {self.step} after {duration(self.rest['train_runtime'])}: {', '.join(figures)}."
         if not self.has_cells:
             return self.line
-        known = {f"{prefix}{name}" for prefix in (self.prefix, "eval_") for name in _OF_AN_EVALUATION} | {"epoch"}
+        known = {f"{self.prefix}{name}" for name in _OF_AN_EVALUATION} | {"epoch"}
         return _pairs({name: value for name, value in self.rest.items() if self.prefix and name not in known})
 
 

@@ -67,7 +67,7 @@ class Run:
     def evaluate(self, seconds, prefix="eval", **values):
         self.now += seconds
         self("prediction_step", eval_dataloader=[0, 0])
-        names = {f"{prefix}_loss": 0.625, "eval_rewards/margins": 0.125, "eval_rewards/accuracies": 0.875}
+        names = {f"{prefix}_loss": 0.625, f"{prefix}_rewards/margins": 0.125, f"{prefix}_rewards/accuracies": 0.875}
         self("log", logs={**names, f"{prefix}_runtime": float(seconds), **values})
         self("evaluate")
 
