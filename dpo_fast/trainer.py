@@ -23,12 +23,13 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -67,6 +68,7 @@ from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
 from dpo_fast.training.running_margin import RunningMargin
 from dpo_fast.training.stream_batches import StreamBatches
+from dpo_fast.training.trainer_arguments import config_of, refuse_other_arguments, tokenizer_of
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
@@ -76,15 +78,15 @@ class DPOTrainer(Trainer):
     """Trains a causal language model on preferences, with the parameters of TRL's trainer.
 
     Args:
-        model: a name or path, or a loaded model; a `PeftModel` goes on training its adapter.
-        ref_model: the frozen reference; None is the policy as it is before training (for a new adapter: without it). It
-            is used for one pass up front and not kept.
-        args: a `DPOConfig`.
+        model: a name or path, or a loaded model. A `PeftModel`, or a folder that holds an adapter, trains that adapter.
+        ref_model: the frozen reference, loaded or a name or path; None is the policy as it is before training (for a
+            new adapter: without it). It is used for one pass up front and not kept.
+        args: a `DPOConfig`. Another trainer's configuration is taken where each of its options means something here.
         data_collator: replaces `DPOCollator`; takes tokenised rows, returns a dict as `DPOCollator` does.
         train_dataset: rows in any format of `dpo_fast.data.prepare`.
             A stream (`IterableDataset`) too: its references are computed as its rows come.
         eval_dataset: likewise, or a dict of datasets.
-        processing_class: the tokenizer; None loads the model's.
+        processing_class: the tokenizer, or a processor that has one; None loads the model's.
         compute_metrics: gets the rewards (β(ℓ − ℓ_ref)) of winner and loser, [comparisons, 2], as predictions, and the
             comparisons' weights as labels.
         callbacks, optimizers: as for `transformers.Trainer`.
@@ -105,21 +107,21 @@ class DPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
+        **other_arguments: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or "model"
-            args = DPOConfig(output_dir=f"{Path(name).name}-DPO")
+        refuse_other_arguments(other_arguments)
+        args = config_of(args, model)
         if train_dataset is None:
             raise InputError("train_dataset is None; pass a dataset of preferences")
         if ref_model is not None and ref_model is model:
@@ -128,16 +130,10 @@ class DPOTrainer(Trainer):
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
         fingerprint = weights_memo(model, args.model_init_kwargs, quantization_config, peft_config is not None)
-        model = load_model(model, args, quantization_config)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path,
-                revision=(args.model_init_kwargs or {}).get("revision"),
-                trust_remote_code=args.trust_remote_code,
-            )
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
-
+        given, model = model, load_model(model, args, quantization_config)
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, args, quantization_config)
+        processing_class = tokenizer_of(processing_class, given, model, args)
         self._datasets = self._datasets_class(
             args,
             processing_class,

@@ -51,11 +51,13 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
+    from dpo_fast.model.loading import load_model
     from dpo_fast.scoring import implicit_rewards
 
     config, name = arguments.config, arguments.model.model_name_or_path
-    model = _load(name, arguments)
-    ref_model = None if options.ref_model is None else _load(options.ref_model, arguments)
+    quantization = arguments.model.quantization_config()
+    model = load_model(name, config, quantization)
+    ref_model = None if options.ref_model is None else load_model(options.ref_model, config, quantization)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     found = implicit_rewards(model, dataset, tokenizer, config, ref_model, name=options.split)
     if PartialState().is_main_process:
@@ -64,20 +66,6 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
         print(f"{options.split}: {found.summary}")
         print(f"accuracy  {found.accuracy}\nmargin    {found.margin}    (95 % confidence)")
     return 0
-
-
-def _load(name: str, arguments: TrainArguments) -> Any:
-    """A whole model, or an adapter on the model that it was trained on; both are loaded as `train` loads its model."""
-    from dpo_fast.model.loading import load_model, quiet_peft
-
-    quantization = arguments.model.quantization_config()
-    if not Path(name, "adapter_config.json").is_file():
-        return load_model(name, arguments.config, quantization)
-    from peft import PeftConfig, PeftModel
-
-    base = load_model(PeftConfig.from_pretrained(name).base_model_name_or_path, arguments.config, quantization)
-    with quiet_peft():
-        return PeftModel.from_pretrained(base, name)
 
 
 def _write(rows: Any, path: Path) -> None:

@@ -21,7 +21,9 @@ from dpo_fast.model.forward import prepare_forward
 def load_model(
     model: str | PreTrainedModel | nn.Module, args: DPOConfig, quantization_config: Any | None
 ) -> PreTrainedModel:
-    """Returns `model`, loaded when it is a name or path; in fp32 unless `args.model_init_kwargs` has a dtype.
+    """Return `model`, loaded when it is a name or path of a model or an adapter.
+
+    Weights are in fp32 unless `args.model_init_kwargs` has a dtype.
 
     Raises:
         ValueError: options for loading beside a loaded model, a tensor-parallel model, or a path that does not hold a
@@ -44,6 +46,8 @@ def load_model(
             raise ValueError(tensor_parallel_refusal(f"model_init_kwargs[{name!r}]={options[name]!r}"))
     check_model_path(model, options)
     path = Path(model).expanduser()
+    if (path / "adapter_config.json").is_file():
+        return _load_adapter(path, args, quantization_config)
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
         options["dtype"] = getattr(torch, options["dtype"])
     options.setdefault("dtype", torch.float32)
@@ -51,6 +55,18 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         options["device_map"] = None
     return AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else model, **options)
+
+
+def _load_adapter(path: Path, args: DPOConfig, quantization_config: Any | None) -> nn.Module:
+    """Return the model that an adapter was trained on, loaded like any other, with the adapter in place."""
+    from peft import PeftConfig, PeftModel
+
+    name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"model={str(path)!r} holds an adapter that does not name its model; give a loaded PeftModel")
+    base = load_model(name, args, quantization_config)
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, str(path), is_trainable=True)
 
 
 def check_model_path(name: str, options: Mapping[str, Any] | None = None) -> None:

@@ -1,0 +1,95 @@
+"""What `DPOTrainer` is given, in the forms that people have it in, as what it works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.errors import InputError
+
+# Arguments of earlier trainers, and where they went.
+_MOVED = {
+    "tokenizer": "processing_class=…",
+    "processor": "processing_class=…",
+    "max_prompt_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
+    "max_completion_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
+    "max_target_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
+    "model_init": "model=…; make a trainer per trial instead",
+    "ref_model_init_kwargs": "ref_model=…, a model that you have loaded",
+}
+
+
+def config_of(args: TrainingArguments | None, model: str | nn.Module) -> DPOConfig:
+    """Return `args` as a `DPOConfig`: itself, a default, or one with the values of another trainer's configuration.
+
+    Raises:
+        InputError: `args` is no configuration, or has an option that means nothing here, away from its default.
+    """
+    if isinstance(args, DPOConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path or "model"
+        return DPOConfig(output_dir=f"{Path(name).name}-DPO")
+    if not isinstance(args, TrainingArguments):
+        raise InputError(f"args is a {type(args).__name__}; give a dpo_fast.DPOConfig")
+    ours = {field.name for field in fields(DPOConfig) if field.init}
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    for field in fields(args):
+        if field.init and field.name not in ours and values[field.name] != _default(field):
+            raise InputError(
+                f"args: {type(args).__name__}({field.name}={values[field.name]!r}) means nothing to dpo_fast; leave "
+                f"it at {_default(field)!r}, or give a dpo_fast.DPOConfig"
+            )
+    return DPOConfig(**{name: value for name, value in values.items() if name in ours})
+
+
+def _default(field: Any) -> Any:
+    return (
+        field.default_factory() if field.default is MISSING and field.default_factory is not MISSING else field.default
+    )
+
+
+def tokenizer_of(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, given: Any, model: nn.Module, args: DPOConfig
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer: itself, a processor's, or that of the model. It has a padding token.
+
+    Args:
+        processing_class: what the trainer was given.
+        given: model that the trainer was given: a folder with an adapter may hold a tokenizer too.
+        model: the loaded model.
+        args: the options of the run.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        processing_class = processing_class.tokenizer
+    if processing_class is None:
+        beside = isinstance(given, str) and (Path(given).expanduser() / "tokenizer_config.json").is_file()
+        processing_class = AutoTokenizer.from_pretrained(
+            str(Path(given).expanduser()) if beside else model.config._name_or_path,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise InputError(f"processing_class is a {type(processing_class).__name__}; give the model's tokenizer")
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def refuse_other_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that `DPOTrainer` does not have, and name their new place.
+
+    Raises:
+        InputError: there are any.
+    """
+    options = {field.name for field in fields(DPOConfig)}
+    for name, value in given.items():
+        place = _MOVED.get(name) or (f"DPOConfig({name}=…)" if name in options else None)
+        cure = f"give {place}" if place else "leave it out"
+        raise InputError(f"{name}={value!r} is no argument of DPOTrainer; {cure}")
