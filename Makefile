@@ -37,7 +37,7 @@ versions: env
 	.venv/bin/uv venv --clear --python .venv/bin/python build/$(RESOLUTION)
 	.venv/bin/uv pip install --python build/$(RESOLUTION) --resolution $(RESOLUTION) $(CPU_BUILD) \
 		-e ".[$(EXTRAS)]"
-	build/$(RESOLUTION)/bin/pytest
+	build/$(RESOLUTION)/bin/pytest --numprocesses $(shell nproc) --dist worksteal
 
 demo: env
 	.venv/bin/dpo-fast demo
