@@ -363,10 +363,6 @@ def test_a_grid_is_all_combinations():
 
 
 def test_a_line_is_fitted():
-    x = [1000.0, 2000.0, 5000.0, 10000.0]
-    exact = plot.linear_fit(x, [0.5 + 3e-4 * a for a in x])
-    assert exact.slope == pytest.approx(3e-4) and exact.intercept == pytest.approx(0.5)
-    assert exact.r_squared == pytest.approx(1)
     # y = x² on 0, 1, 2, 3: slope 3, intercept −1, residuals 1, −1, −1, 1 of a variance of 49
     curved = plot.linear_fit([0, 1, 2, 3], [0, 1, 4, 9])
     assert curved == plot.Line(3, -1, pytest.approx(1 - 4 / 49))
