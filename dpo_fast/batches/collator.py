@@ -30,6 +30,12 @@ class DPOCollator:
         self.split_for_ld_dpo |= cut
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        for row in rows:
+            if "prompt_ids" not in row or "completion_ids" not in row:
+                raise ValueError(
+                    f"rows have the columns {sorted(row)}; give tokenised preference groups, as "
+                    "dpo_fast.prepare_dataset returns them"
+                )
         groups = [PreferenceGroup.from_row(row) for row in rows]
         costs = [group.num_tokens(self.layout) for group in groups]
         parts = split_by_tokens(range(len(groups)), costs, self.max_tokens)

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -136,8 +136,22 @@ def pack(
     if len({getattr(group, reference) is not None for group in groups}) != 1:
         raise ValueError(f"groups: {reference} is given on some groups and missing on others; give it on all or none")
 
-    body, rows, targets = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} is not known; choose from {list(get_args(Layout))}")
     counts = [len(group.completion_ids) for group in groups]
+    for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+        if any(not 0 <= index < count for pair in group.comparisons for index in pair):
+            raise ValueError(
+                f"groups: comparisons {group.comparisons} of group {number} must be indices of its {count} completions"
+            )
+        if any(winner == loser for winner, loser in group.comparisons):
+            raise ValueError(f"groups: comparisons {group.comparisons} of group {number} compare one with itself")
+        if len(group.comparison_weights) != len(group.comparisons):
+            raise ValueError(
+                f"groups: group {number} has {len(group.comparison_weights)} comparison_weights for "
+                f"{len(group.comparisons)} comparisons; give one for each"
+            )
+    body, rows, targets = _shared_body(groups) if layout == "shared" else _padded_body(groups, pad_token_id)
     first = np.cumsum([0] + counts[:-1])
     comparisons = np.concatenate(
         [

@@ -131,6 +131,7 @@ _RANGES = {
 
 Loss = Callable[[Comparisons, LossParameters], Tensor]
 LOSSES: dict[str, Loss] = {}
+_BUILT_IN: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ def loss(**looks_at: bool) -> Callable[[Loss], Loss]:
     def enter(function: Loss) -> Loss:
         function.uses = LossUses(**looks_at)
         LOSSES[function.__name__] = function
+        if function.__module__ == f"{__package__}.functions":
+            _BUILT_IN.add(function.__name__)
         return function
 
     return enter
@@ -181,12 +184,16 @@ def losses_using(what: str) -> tuple[str, ...]:
 def named_loss(loss: str | Loss) -> str:
     """Return the name of a loss; a function of your own enters `LOSSES` under its own name.
 
+    A second function of the same name replaces the first, as when a cell of a notebook runs again.
+
     Raises:
-        ValueError: an unknown name, or another loss has the function's name already.
+        ValueError: an unknown name, or a loss of dpo_fast has the function's name.
     """
     name = getattr(loss, "__name__", None) if callable(loss) else loss
-    if callable(loss) and name is not None and LOSSES.setdefault(name, loss) is not loss:
-        raise ValueError(f"loss_type: {name} is the name of another loss already; rename the function.")
+    if callable(loss) and name is not None:
+        if name in _BUILT_IN and LOSSES[name] is not loss:
+            raise ValueError(f"loss_type: {name} is the name of a loss of dpo_fast; rename the function.")
+        LOSSES[name] = loss
     if name not in LOSSES:
         raise ValueError(f"loss_type={loss!r} is not known; choose from {sorted(LOSSES)}, or give a named function.")
     return name

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_fast.batches.completion_pieces import by_completion
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.losses import Comparisons, LossParameters, preference_loss
+from dpo_fast.losses.catalogue import Comparisons, LossParameters, named_loss, preference_loss, uses
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Objective:
     """A loss of sequence log-probs, as `dpo_fast_kernels.SequenceLoss` takes it.
 
     Attributes:
-        mix: weight of every loss, by its name in `LOSSES`.
+        mix: weight of every loss, by its name in `LOSSES` or by the function itself.
         parameters: what the losses are tuned by.
         use_weighting: whether a comparison also weighs by how likely the policy is to write its completions (WPO).
         ld_alpha: α of LD-DPO; the packed batches must be cut into pieces then.
@@ -40,6 +40,27 @@ class Objective:
     use_weighting: bool = False
     ld_alpha: float | None = None
     mean_margin: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse losses that are not known, and parameters that do not fit them.
+
+        Raises:
+            ValueError: the message begins with the argument.
+        """
+        if not self.mix:
+            raise ValueError("mix is empty; give the weight of one loss at least, {'sigmoid': 1.0}")
+        object.__setattr__(self, "mix", {named_loss(loss): weight for loss, weight in self.mix.items()})
+        self._check()
+
+    def _check(self) -> None:
+        self.parameters.check(list(self.mix))
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None")
+
+    @property
+    def _looks_at_reference(self) -> bool:
+        """Whether a loss needs reference log-probs; `sft` gets them for its metrics alone."""
+        return any(uses(name, "reference") for name in self.mix if name != "sft")
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -53,6 +74,16 @@ class Objective:
     ) -> tuple[Tensor, ...]:
         """What the objective takes besides log-probs and statistics."""
         reference = packed.ref_logps
+        if reference is None and self._looks_at_reference:
+            raise ValueError(
+                f"packed has no reference log-probs, and {', '.join(self.mix)} looks at them; give groups with "
+                "ref_logps (ref_token_logps with ld_alpha), as dpo_fast.Reference adds them"
+            )
+        if (packed.completion_pieces is None) != (self.ld_alpha is None):
+            raise ValueError(
+                f"ld_alpha={self.ld_alpha!r} does not fit the pack: with ld_alpha, and only then, give "
+                "pack(…, split_for_ld_dpo=True)"
+            )
         if reference is None:
             of_completions = packed.completion_lengths if packed.completion_pieces is None else packed.completion_pieces
             reference = torch.zeros(of_completions.shape, device=of_completions.device)

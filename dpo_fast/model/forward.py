@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.model.attention import packed_arguments, use_shared_prefix
+from dpo_fast.model.attention import ATTENTION_NAME, packed_arguments, use_shared_prefix
 from dpo_fast.model.head import head_of
 from dpo_fast_kernels import SequenceLoss, gather_rows, linear_logps, linear_preference_loss
 
@@ -78,6 +78,7 @@ def add_dpo_forward(model: PreTrainedModel) -> None:
     ):
         if packed is None:
             return original(*args, **kwargs)
+        _check_packed(self, packed)
         return _packed_forward(self, packed, statistics, aux_loss, loss, loss_inputs)
 
     forward.is_dpo_forward = True
@@ -98,6 +99,23 @@ def _let_score(head: nn.Module) -> None:
         return original(hidden) if compute is None else compute(hidden)
 
     head.forward = types.MethodType(forward, head)
+
+
+def _check_packed(model: PreTrainedModel, packed: PackedBatch) -> None:
+    """Refuse what would give wrong log-probs.
+
+    Raises:
+        ValueError: no packed batch, or a shared prompt for a model whose attention would mix completions.
+    """
+    if not isinstance(packed, PackedBatch):
+        raise ValueError(f"packed is a {type(packed).__name__}; give what dpo_fast.pack returns, a PackedBatch")
+    configs = (model.config, model.config.get_text_config())
+    if packed.prefix is not None and not any(config._attn_implementation == ATTENTION_NAME for config in configs):
+        raise ValueError(
+            f"packed has the shared layout, and {type(model).__name__} attends by "
+            f"{model.config._attn_implementation!r}, which would mix its completions; call use_shared_prefix(model) "
+            "first, or pack(groups, layout='padded')"
+        )
 
 
 def _packed_forward(

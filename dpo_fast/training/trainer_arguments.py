@@ -50,9 +50,7 @@ def config_of(args: TrainingArguments | None, model: str | nn.Module) -> DPOConf
 
 
 def _default(field: Any) -> Any:
-    return (
-        field.default_factory() if field.default is MISSING and field.default_factory is not MISSING else field.default
-    )
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def tokenizer_of(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast_kernels import GatherPlan, gather_rows
@@ -88,3 +89,26 @@ def test_gather_rows_equals_indexing_and_sums_the_gradient_of_repeats(index, col
     for row, weight in zip(index, weights, strict=True):
         expected[row] += weight
     assert torch.allclose(x.grad, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        (PreferenceGroup([1], [[2], [3]], [(0, 2)]), r"comparisons \[\(0, 2\)\] of group 1 must be indices of its 2"),
+        (PreferenceGroup([1], [[2], [3]], [(-1, 0)]), "of group 1 must be indices"),
+        (PreferenceGroup([1], [[2], [3]], [(1, 1)]), "of group 1 compare one with itself"),
+        (PreferenceGroup([1], [[2], [3], [4]], [(0, 1), (0, 2)]), "group 1 has 1 comparison_weights for 2 comparisons"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_comparison_outside_its_group_is_refused(group, words, layout):
+    """It would compare completions of two prompts."""
+    with pytest.raises(ValueError, match=words):
+        pack([PreferenceGroup([1], [[2], [3]]), group], layout)
+
+
+def test_raw_rows_and_unknown_layouts_are_refused():
+    with pytest.raises(ValueError, match=r"rows have the columns \['chosen', 'prompt', 'rejected'\]; give tokenised"):
+        DPOCollator()([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(ValueError, match="layout='packed' is not known"):
+        pack([PreferenceGroup([1], [[2], [3]])], "packed")

@@ -284,8 +284,14 @@ def test_a_function_of_ones_own_is_a_loss(monkeypatch):
     losses, _, _ = dpo_loss(*pairs_of(c), beta=0.2, loss_type=cauchy)
     assert torch.equal(losses, cauchy(c, LossParameters(0.2)))
     assert named_loss("cauchy") == named_loss(cauchy) == "cauchy"
+
+    def again(c: Comparisons, p: LossParameters) -> torch.Tensor:
+        return 2 * cauchy(c, p)
+
+    again.__name__ = "cauchy"  # the cell of a notebook runs a second time
+    assert torch.equal(dpo_loss(*pairs_of(c), beta=0.2, loss_type=again)[0], 2 * losses)
     cauchy.__name__ = "sigmoid"
-    with pytest.raises(ValueError, match="sigmoid is the name of another loss"):
+    with pytest.raises(ValueError, match="sigmoid is the name of a loss of dpo_fast"):
         named_loss(cauchy)
     with pytest.raises(ValueError, match="is not known"):
         named_loss(7)

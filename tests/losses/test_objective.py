@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,10 +142,16 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
+def zero_reference(group: PreferenceGroup) -> dict[str, list]:
+    lengths = [len(ids) for ids in group.completion_ids]
+    return {"ref_logps": [0.0] * len(lengths), "ref_token_logps": [[0.0] * length for length in lengths]}
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_weights_of_wpo_by_hand(cut):
     """Two pairs; the first one's tokens are as likely as two draws that agree, so it weighs 1."""
     groups = [PreferenceGroup([5], [[7], [7, 7]]), PreferenceGroup([5], [[7, 7], [7] * 4], comparison_weights=(3.0,))]
+    groups = [replace(group, **zero_reference(group)) for group in groups]
     packed = pack(groups, split_for_ld_dpo=cut)
     if cut:  # the losers consist of two pieces each
         logps, squares = [-2.0, -1.0, -2.0, -4.0, -3.0, -2.0], [-2.0, -2.0, -1.0, -3.0, -4.0, -1.0]
@@ -180,3 +187,30 @@ def test_pack_refuses_reference_tokens_that_do_not_fit():
         pack([short], split_for_ld_dpo=True)
     with pytest.raises(ValueError, match="ref_token_logps is given on some groups and missing on others"):
         pack([short, PreferenceGroup([1], [[2], [3]])], split_for_ld_dpo=True)
+
+
+def test_what_cannot_be_computed_is_refused():
+    group = PreferenceGroup([1], [[2, 3], [4]])
+    whole, split = pack([group]), pack([group], split_for_ld_dpo=True)
+    totals = whole.totals
+    for mix in ({"sigmoid": 1.0}, {"nll": 1.0, "ipo": 0.5}):
+        with pytest.raises(ValueError, match="packed has no reference log-probs, and .* looks at them"):
+            Objective(mix).inputs(whole, totals)
+    for name in (*REFERENCE_FREE, "sft"):
+        assert len(Objective({name: 1.0}).inputs(whole, totals)) == 6
+    with pytest.raises(ValueError, match="ld_alpha=0.5 does not fit the pack"):
+        Objective({"nll": 1.0}, ld_alpha=0.5).inputs(whole, totals)
+    with pytest.raises(ValueError, match="ld_alpha=None does not fit the pack"):
+        Objective({"nll": 1.0}).inputs(split, totals)
+    with pytest.raises(ValueError, match="loss_type='dop' is not known"):
+        Objective({"dop": 1.0})
+    with pytest.raises(ValueError, match="label_smoothing=0.1 means nothing to"):
+        Objective({"ipo": 1.0}, LossParameters(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="mix is empty"):
+        Objective({})
+    with pytest.raises(ValueError, match="ld_alpha=2.0 must lie in"):
+        Objective({"nll": 1.0}, ld_alpha=2.0)
+
+
+def test_a_function_is_a_loss_wherever_a_name_is():
+    assert Objective({LOSSES["ipo"]: 0.5}) == Objective({"ipo": 0.5})

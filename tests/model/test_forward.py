@@ -237,3 +237,17 @@ def test_bf16_on_a_gpu_is_as_close_to_the_truth_as_padded_rows(family):
 def with_forward(model):
     add_dpo_forward(model)
     return model
+
+
+def test_a_shared_pack_needs_shared_attention():
+    """Under another attention completions would see each other: log-probs more than a nat off, without a word."""
+    model = tiny_model("llama")
+    add_dpo_forward(model)
+    group = PreferenceGroup([5, 6, 7], [[8, 9], [10, 11, 12]])
+    with pytest.raises(ValueError, match="packed has the shared layout, and LlamaForCausalLM attends by 'sdpa'"):
+        model(packed=pack([group]))
+    alone = model(packed=pack([group], "padded")).logps
+    use_shared_prefix(model)
+    assert torch.allclose(model(packed=pack([group])).logps, alone, atol=1e-4)
+    with pytest.raises(ValueError, match="packed is a dict; give what dpo_fast.pack returns"):
+        model(packed={"input_ids": torch.ones(1, 2, dtype=torch.int64)})

@@ -1,4 +1,4 @@
-"""The trainer takes what people have (another trainer's configuration, paths, processors, adapters) or names the cure."""
+"""The trainer takes what people have: another trainer's configuration, paths, processors, adapters."""
 
 from __future__ import annotations
 

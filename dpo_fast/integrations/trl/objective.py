@@ -21,6 +21,9 @@ _UNSMOOTHED = ("sigmoid", "sigmoid_norm")  # by TRL; dpo_fast's own trainer hono
 class TRLObjective(Objective):
     """`Objective`, with label smoothing where TRL has it."""
 
+    def _check(self) -> None:
+        """Leave it to TRL, which takes parameters that mean nothing."""
+
     def mean(self, comparisons: Comparisons, totals: Tensor) -> Tensor:
         """The comparisons' share of the batch's loss, a scalar."""
         plain = replace(self.parameters, label_smoothing=0.0)
