@@ -11,10 +11,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, NamedTuple
+
+from repository import ROOT
 
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+LOCKED_TRITON = re.search("^triton==(.+)$", (ROOT / "constraints" / "torch.txt").read_text(), re.MULTILINE)[1]
 TENSOR_CORE_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
@@ -61,13 +65,15 @@ def compile_all(cases: Sequence[Case], capability: int, workers: int = 2) -> lis
             os.environ["TRITON_INTERPRET"] = before
 
 
-def assert_within_limits(
-    case: Case, resources: Resources, capability: int, registers: int = 255, spilled: int = 0
-) -> None:
-    """At most `registers` registers and `spilled` bytes beside them a thread, shared memory that the chip has."""
+def assert_within_limits(case: Case, resources: Resources, capability: int, registers: int = 255) -> None:
+    """No spills, at most `registers` registers, shared memory that the chip has.
+
+    Configurations are chosen with the locked release of Triton; code of another may need a few registers more.
+    """
+    spilled, more = (0, 0) if version("triton") == LOCKED_TRITON else (64, 8)
     name = f"{case.kernel} for sm_{capability} with {dict(case.types)} {dict(case.constants)}"
     assert resources.spilled <= spilled, f"{name} spills {resources.spilled} bytes a thread"
-    assert 0 < resources.registers <= registers, f"{name} takes {resources.registers} registers"
+    assert 0 < resources.registers <= min(registers + more, 255), f"{name} takes {resources.registers} registers"
     assert resources.shared <= SHARED_LIMIT[capability], f"{name} takes {resources.shared} bytes of shared memory"
 
 
