@@ -205,6 +205,8 @@ def test_the_line_below_the_table_says_what_goes_on(console):
     run = Run(console)
     run.steps(3, seconds=1)
     assert screen(console)[-1] == "3/10  0:00:07 left"
+    run("log", logs={"a": 1})
+    assert screen(console)[-2:] == ["step=3/10 a=1", ""], "nothing stays of the line"
     run.now += 1
     run("prediction_step", eval_dataloader=[0] * 8)
     assert screen(console)[-1] == "evaluation: batch 1/8"
