@@ -40,9 +40,9 @@ def watched(trainer, counter) -> list[int]:
     counter.count = 0
 
     def collated(rows):
-        counter.paused = True
+        count = counter.count
         batch = collate(rows)
-        counter.paused = False
+        counter.count = count
         return batch
 
     trainer.data_collator = collated
