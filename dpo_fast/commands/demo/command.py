@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         processing_class=tokenizer,
     )
     reference_seconds = time.perf_counter() - began
-    console.print(f"[bold]train[/bold]: {trainer.data_summaries['train']}")
+    console.print(f"[bold]train[/bold]: {trainer.data_summaries['train']}", soft_wrap=True)
     sampling = {"per_prompt": SAMPLES_PER_PROMPT, "seed": options.seed}
     before = draw_samples(trainer.model, tokenizer, held_out["prompt"], name="before training", **sampling)
     training = trainer.train().metrics
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     draw_picture(result, output / "demo.png")
     (output / "demo.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
     print_report(result, console)
-    console.print(f"picture {output / 'demo.png'}, model {output / 'model'}")
+    console.print(f"picture {output / 'demo.png'}, model {output / 'model'}", soft_wrap=True)
     return 0
 
 
