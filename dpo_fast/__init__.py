@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
     from dpo_fast.losses.objective import Objective
     from dpo_fast.model.attention import use_shared_prefix
+    from dpo_fast.model.dropout import disable_dropout
     from dpo_fast.model.forward import PackedOutput, add_dpo_forward
-    from dpo_fast.model.loading import disable_dropout
     from dpo_fast.reference.reference import Reference
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.trainer import DPOTrainer
@@ -41,7 +41,7 @@ _MODULES = {
     "losses.objective": ("Objective",),
     "model.attention": ("use_shared_prefix",),
     "model.forward": ("PackedOutput", "add_dpo_forward"),
-    "model.loading": ("disable_dropout",),
+    "model.dropout": ("disable_dropout",),
     "reference.reference": ("Reference",),
     "scoring": ("implicit_rewards",),
     "trainer": ("DPOTrainer",),

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.data.prepare import DataSummary
+from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.forward import prepare_forward
-from dpo_fast.model.loading import disable_dropout, vocabulary_size
+from dpo_fast.model.loading import vocabulary_size
 from dpo_fast.reference.reference import Reference
 from dpo_fast.training.datasets import prepare_preferences
 

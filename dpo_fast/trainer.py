@@ -43,12 +43,12 @@ from dpo_fast.losses import COUPLED, uses
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.compilation import compile_layers
+from dpo_fast.model.dropout import disable_dropout, refuse_randomness
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput, prepare_forward
 from dpo_fast.model.head import head_of
 from dpo_fast.model.loading import (
     aux_loss_weight,
-    disable_dropout,
     let_recompute,
     load_model,
     prepare_peft,
@@ -183,6 +183,9 @@ class DPOTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             keep_numbers_exact(self.accelerator.state.fsdp_plugin)
+        if args.disable_dropout and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            with self.accelerator.autocast():
+                refuse_randomness(self.model, self.layout, self._datasets.vocab_size)
         if args.torch_compile:
             compile_layers(base, self.accelerator.state.dynamo_plugin)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga

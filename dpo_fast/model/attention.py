@@ -41,7 +41,10 @@ def _attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
-        raise ValueError(f"attention dropout is {dropout}; the shared layout has none: set disable_dropout=True")
+        raise ValueError(
+            f"attention dropout of {type(module).__name__} is {dropout}, and the shared layout has none: set "
+            "disable_dropout=True, or attention_dropout=0 in the model's configuration"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return prefix_attention(q, k, v, prefix, scale=scaling, window=sliding_window, softcap=softcap)[None], None
 

@@ -148,14 +148,6 @@ def prepare_reference(ref_model: PreTrainedModel, vocab_size: int, layout: Layou
     prepare_forward(base, layout)
 
 
-def disable_dropout(model: nn.Module | None) -> None:
-    for module in model.modules() if model is not None else ():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
 def aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:
     """Weight of the load-balancing loss: 0 unless the model is a mixture of experts that returns its router logits."""
     config = base.config.get_text_config()

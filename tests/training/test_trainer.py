@@ -88,6 +88,7 @@ def count_forwards(trainer_module, monkeypatch) -> list:
     """Packed forwards from here on, without those of the audit."""
     calls = []
     monkeypatch.setattr("dpo_fast.reference.reference.audit", lambda *args, **options: None)
+    monkeypatch.setattr("dpo_fast.trainer.refuse_randomness", lambda *args: None)  # which runs a few tokens
     original = trainer_module._packed_forward
     monkeypatch.setattr(trainer_module, "_packed_forward", lambda *args: calls.append(args) or original(*args))
     return calls

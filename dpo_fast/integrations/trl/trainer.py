@@ -28,8 +28,8 @@ from dpo_fast.integrations.trl.objective import objective_of
 from dpo_fast.integrations.trl.reference import reference_logps, with_stored_reference
 from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
+from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.forward import prepare_forward
-from dpo_fast.model.loading import disable_dropout
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast_kernels import SequenceLoss
 
