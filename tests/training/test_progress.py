@@ -72,6 +72,11 @@ class Run:
         self("evaluate")
 
 
+@pytest.fixture(autouse=True)
+def environment_that_rich_reads(monkeypatch):
+    monkeypatch.setattr(Console, "_environ", os.environ)  # which datasets replaces by a copy when it starts processes
+
+
 # ---- lines ----
 
 
