@@ -296,7 +296,7 @@ class DPOConfig(TrainingArguments):
         return {name: weight for name, weight in mix.items() if weight or name != "nll"}
 
     def _check_parallelism(self) -> None:
-        """Refuses what gives several ranks the same rows, or parts of each: the trainer deals rows to single ranks."""
+        """Refuses what gives several ranks the same rows, or parts of each: the trainer gives each row to one rank."""
         for name, size in self._parallel_sizes().items():
             if size > 1 and name.endswith(("tp_size", "autotp_size")):
                 raise ValueError(tensor_parallel_refusal(f"{name}={size}"))
@@ -309,7 +309,7 @@ class DPOConfig(TrainingArguments):
         for name in ("dispatch_batches", "split_batches"):
             if self.world_size > 1 and getattr(self.accelerator_config, name):
                 raise ValueError(
-                    f"accelerator_config.{name}=True would cut batches by rows, and groups are dealt to ranks by their "
+                    f"accelerator_config.{name}=True would cut batches by rows, and ranks get groups by their "
                     "cost; leave it out. per_device_train_batch_size times the number of ranks is the whole batch."
                 )
 
@@ -347,7 +347,7 @@ class DPOConfig(TrainingArguments):
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "
-                "groups are dealt to ranks by their cost already; take 'random' or 'sequential'."
+                "groups are assigned to ranks by their cost already; take 'random' or 'sequential'."
             )
 
     def _check_loss(self) -> None:
@@ -393,7 +393,7 @@ class DPOConfig(TrainingArguments):
 def tensor_parallel_refusal(setting: str) -> str:
     """Why `setting`, which shares out a model's matrices among ranks, is not for the trainer, and what is."""
     return (
-        f"{setting}: the ranks of a tensor-parallel model need the same rows, and DPOTrainer deals each its own; leave "
+        f"{setting}: the ranks of a tensor-parallel model need the same rows, and DPOTrainer gives each its own; leave "
         "it out and shard the model with FSDP2 or ZeRO-3 (examples/accelerate). In a loop of your own, add_dpo_forward "
         "takes a tensor-parallel model."
     )

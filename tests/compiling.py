@@ -14,11 +14,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from repository import ROOT
-
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-LOCKED_TRITON = re.search("^triton==(.+)$", (ROOT / "constraints" / "torch.txt").read_text(), re.MULTILINE)[1]
+# Release of Triton → kernel and capability → bytes spilled and registers used beyond the bound, as compiled there.
+WORSE_THAN_LOCKED = {
+    "3.6": {("_linear_logps_fused_kernel", 90): (48, 0), ("_prefix_attention_dkv_kernel", 90): (40, 0)},
+    "3.9": {
+        ("_linear_logps_fused_kernel", 90): (24, 0),
+        ("_prefix_attention_dkv_kernel", 90): (48, 0),
+        ("_merge_splits_kernel", 100): (8, 0),
+        ("_row_logps_fwd_kernel", 100): (0, 1),
+    },
+}
 TENSOR_CORE_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
@@ -68,9 +75,10 @@ def compile_all(cases: Sequence[Case], capability: int, workers: int = 2) -> lis
 def assert_within_limits(case: Case, resources: Resources, capability: int, registers: int = 255) -> None:
     """No spills, at most `registers` registers, shared memory that the chip has.
 
-    Configurations are chosen with the locked release of Triton; code of another may need a few registers more.
+    Configurations are chosen with the locked release of Triton. `WORSE_THAN_LOCKED` lists what is known of others.
     """
-    spilled, more = (0, 0) if version("triton") == LOCKED_TRITON else (64, 8)
+    release = ".".join(version("triton").split(".")[:2])
+    spilled, more = WORSE_THAN_LOCKED.get(release, {}).get((case.kernel, capability), (0, 0))
     name = f"{case.kernel} for sm_{capability} with {dict(case.types)} {dict(case.constants)}"
     assert resources.spilled <= spilled, f"{name} spills {resources.spilled} bytes a thread"
     assert 0 < resources.registers <= min(registers + more, 255), f"{name} takes {resources.registers} registers"

@@ -1,4 +1,4 @@
-"""Batches of a stream of preference groups, with reference log-probs, dealt to ranks by cost."""
+"""Batches of a stream of preference groups, with reference log-probs, assigned to ranks by cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 class StreamBatches(torch.utils.data.IterableDataset):
     """What one rank takes of every batch of a stream: rows that cost as much as any other rank's.
 
-    Every rank reads all rows and deals them, so that all agree without a word; the reference runs on a rank's own.
+    Every rank reads and assigns all rows, so all ranks agree; the reference runs on the rows of its own rank.
 
     Args:
         groups: stream of preference groups, as `prepare` returns it.
@@ -49,7 +49,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[list[Row]]:
         """Yields batches of rows, each with its `position` in the batch of all ranks."""
         if self.reference is not None:
-            self.reference.share_rows()  # another epoch may deal them otherwise
+            self.reference.share_rows()  # another epoch may assign them otherwise
         rows = iter(self.groups)
         batches_ahead = max(1, ROWS_AHEAD * self.ranks // self.batch_size)
         while batches := [batch for _ in range(batches_ahead) if (batch := list(islice(rows, self.batch_size)))]:

@@ -83,7 +83,7 @@ def assert_compiles(cases: list[Case], capability: int, chip: int | None = None)
 
 
 @pytest.mark.parametrize("dtypes", [("bf16", "fp32"), pytest.param(("fp16",), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_within_limits(capability, dtypes):
     cases = [*table(capability, dtypes, (LEAN, EVERYTHING)), merge(()), merge((*PARTIAL_SUMS, *OUTPUTS))]
     assert len(cases) == 4 * len(dtypes) + 2

@@ -89,7 +89,7 @@ def check_heads() -> int:
 def check_fuzz() -> int:
     """Random groups, options and blocks."""
     generator = random.Random(0)
-    count = 24
+    count = 40
     for _ in range(count):
         use_blocks(generator.choice([8, 16, 32]), generator.choice([8, 16, 32]))
         groups = []
@@ -147,7 +147,7 @@ def far_views(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("part", "count"), [("shapes", 30), ("options", 24), ("heads", 18), ("fuzz", 24), ("memory", 4)]
+    ("part", "count"), [("shapes", 30), ("options", 24), ("heads", 18), ("fuzz", 40), ("memory", 4)]
 )
 def test_kernels_interpreted(part, count):
     flags = ("-W", "error::RuntimeWarning")

@@ -10,7 +10,6 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.losses import COUPLED
 
 _RELEASE = "1.16"
-_IGNORES_SMOOTHING = {"sigmoid", "sigmoid_norm"}
 
 
 def trl_obstacle(config: DPOConfig, groups: Dataset) -> str | None:
@@ -48,10 +47,12 @@ def _other_rows(groups: Dataset) -> str | None:
 
 
 def _other_loss(config: DPOConfig) -> str | None:
+    from dpo_fast.integrations.trl.objective import UNSMOOTHED  # which needs TRL
+
     losses = set(config.loss_mix)
     if config.rpo_alpha:
         return "it has no rpo_alpha"
-    if config.label_smoothing and losses & _IGNORES_SMOOTHING:
+    if config.label_smoothing and losses & set(UNSMOOTHED):
         return f"it ignores label_smoothing with loss_type={config.loss_type}"
     if losses & set(COUPLED) and config.couple == "step" and config.gradient_accumulation_steps > 1:
         return f"it couples the pairs of a micro-batch, and loss_type={config.loss_type} those of a step here"

@@ -14,7 +14,7 @@ from dpo_fast.losses.objective import Objective
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-_UNSMOOTHED = ("sigmoid", "sigmoid_norm")  # by TRL; dpo_fast's own trainer honours label_smoothing there
+UNSMOOTHED = ("sigmoid", "sigmoid_norm")  # by TRL; dpo_fast's own trainer honours label_smoothing there
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TRLObjective(Objective):
         """The comparisons' share of the batch's loss, a scalar."""
         plain = replace(self.parameters, label_smoothing=0.0)
         losses = sum(
-            preference_loss(comparisons, [name], [weight], plain if name in _UNSMOOTHED else self.parameters)
+            preference_loss(comparisons, [name], [weight], plain if name in UNSMOOTHED else self.parameters)
             for name, weight in self.mix.items()
         )
         return (losses * comparisons.weights).sum() / totals[0]
