@@ -57,19 +57,20 @@ def _prefix_attention_dq_kernel(
 ):
     start_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # late blocks see more keys: they go first
     head = tl.program_id(1).to(tl.int64)
-    key_head = head // GROUP
     offs_q = start_q + tl.arange(0, BLOCK_Q)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = offs_q < T
-    dout = tiles.load_rows(
-        tiles.row_ptrs(dout_ptr, head, offs_q, offs_d, stride_dt, stride_dh), mask_q, offs_d, True, D
-    )
-    out = tiles.load_rows(tiles.row_ptrs(out_ptr, head, offs_q, offs_d, stride_ot, stride_oh), mask_q, offs_d, True, D)
+    dout_ptrs = tiles.row_ptrs(dout_ptr, head, offs_q, offs_d, stride_dt, stride_dh)
+    out_ptrs = tiles.row_ptrs(out_ptr, head, offs_q, offs_d, stride_ot, stride_oh)
+    q_ptrs = tiles.row_ptrs(q_ptr, head, offs_q, offs_d, stride_qt, stride_qh)
+    dout = tiles.load_rows(dout_ptrs, mask_q, offs_d, True, D)
+    out = tiles.load_rows(out_ptrs, mask_q, offs_d, True, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + offs_q, delta, mask=mask_q)
     lse = tl.load(lse_ptr + head * T + offs_q, mask=mask_q, other=0.0) * 1.4426950408889634
-    q = tiles.load_rows(tiles.row_ptrs(q_ptr, head, offs_q, offs_d, stride_qt, stride_qh), mask_q, offs_d, True, D)
+    q = tiles.load_rows(q_ptrs, mask_q, offs_d, True, D)
+    key_head = head // GROUP
     k_ptrs = tiles.row_ptrs(k_ptr, key_head, offs_k, offs_d, stride_kt, stride_kh)
     v_ptrs = tiles.row_ptrs(v_ptr, key_head, offs_k, offs_d, stride_vt, stride_vh)
     spans = tiles.load_spans(spans_ptr, offs_q, T)
