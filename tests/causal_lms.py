@@ -49,7 +49,7 @@ _ROWS = [
     (0, "num_nextn_predict_layers num_mtp_layers"),
     # Lengths. A completion outgrows every window.
     (256, "max_position_embeddings n_positions n_ctx max_seq_len context_length"),
-    (7, "sliding_window sliding_window_size window_size attention_window_size keep_window_size"),
+    (7, "sliding_window sliding_window_size window_size attention_window_size"),
     (7, "local_attention_window_len"),
     (16, "attention_chunk_size mamba_chunk_size chunk_size rel_extent"),
     (True, "use_sliding_window"),
@@ -60,7 +60,7 @@ _ROWS = [
     (24, "moe_intermediate_size expert_ffn_hidden_size shared_intermediate_size shared_expert_intermediate_size"),
     (24, "moe_shared_expert_intermediate_size shared_experts_intermediate_size"),
     (1, "n_group topk_group first_k_dense_replace num_dense_layers"),
-    (True, "enable_moe_block is_moe"),
+    (True, "enable_moe_block"),
     # Latent, indexed, state-space and linear attention.
     (16, "q_lora_rank kv_lora_rank o_lora_rank"),
     (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim"),
@@ -133,6 +133,7 @@ _TYPES = {
         "partial_rotary_factor": 0.5,
         "o_groups": 2,
     },
+    "doge": {"keep_window_size": 4},
     "dots1": {"layer_types": _SLIDING, "n_shared_experts": 1},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
     "dots3_note_text": {
