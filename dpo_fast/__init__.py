@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
     from dpo_fast.losses.objective import Objective
-    from dpo_fast.model.attention import use_shared_prefix
+    from dpo_fast.model.agreement import use_shared_prefix
     from dpo_fast.model.dropout import disable_dropout
     from dpo_fast.model.forward import PackedOutput, add_dpo_forward
     from dpo_fast.reference.reference import Reference
@@ -39,7 +39,7 @@ _MODULES = {
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
     "losses.objective": ("Objective",),
-    "model.attention": ("use_shared_prefix",),
+    "model.agreement": ("use_shared_prefix",),
     "model.forward": ("PackedOutput", "add_dpo_forward"),
     "model.dropout": ("disable_dropout",),
     "reference.reference": ("Reference",),

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.data.prepare import DataSummary
+from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.dropout import disable_dropout
-from dpo_fast.model.forward import prepare_forward
 from dpo_fast.model.loading import vocabulary_size
 from dpo_fast.reference.reference import Reference
 from dpo_fast.training.datasets import prepare_preferences
@@ -112,11 +112,13 @@ def implicit_rewards(
 def _log_probs(
     model: nn.Module, groups: Dataset, config: DPOConfig, accelerator: Accelerator, *, adapters: bool, name: str
 ) -> list[list[float]]:
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    layout = prepare_forward(base, config.layout)
     disable_dropout(model)
+    model = model.to(accelerator.device)
+    layout = settle_forward(
+        model, config.layout, max_length=config.max_length or math.inf, autocast=accelerator.autocast
+    )
     reference = Reference(
-        model.to(accelerator.device),
+        model,
         accelerator,
         layout=layout,
         adapters=adapters,

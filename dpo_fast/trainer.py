@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,6 +37,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpo_fast.batches.collator import DPOCollator
+from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary
@@ -42,19 +45,13 @@ from dpo_fast.errors import InputError
 from dpo_fast.losses import COUPLED, uses
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
+from dpo_fast.model.adapters import base_of, let_recompute, prepare_peft
+from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
 from dpo_fast.model.compilation import compile_layers
-from dpo_fast.model.dropout import disable_dropout, refuse_randomness
+from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
-from dpo_fast.model.forward import PackedOutput, prepare_forward
-from dpo_fast.model.head import head_of
-from dpo_fast.model.loading import (
-    aux_loss_weight,
-    let_recompute,
-    load_model,
-    prepare_peft,
-    prepare_reference,
-    vocabulary_size,
-)
+from dpo_fast.model.forward import PackedOutput
+from dpo_fast.model.loading import aux_loss_weight, check_reference, load_model, vocabulary_size
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
@@ -138,7 +135,6 @@ class DPOTrainer(Trainer):
             args,
             processing_class,
             vocabulary_size(model),
-            new_adapter=peft_config is not None,
             own_reference=ref_model is not None,
         )
         train_dataset = self._datasets.tokenized(train_dataset, "train")
@@ -146,28 +142,21 @@ class DPOTrainer(Trainer):
         if self._datasets.has_streams and args.accelerator_config.dispatch_batches is None:
             args.accelerator_config.dispatch_batches = False  # every process reads its own rows
 
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
         needs_reference = any(uses(loss, "reference") for loss in args.loss_mix)
         if ref_model is not None and not needs_reference:
             raise InputError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
-        self.layout = prepare_forward(base, args.layout)
+        before = own_logps(model) if peft_config is not None and needs_reference and ref_model is None else None
         model = prepare_peft(model, peft_config, args)
+        base = base_of(model)
         self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
         for part in (model, ref_model) if args.disable_dropout else ():
             disable_dropout(part)
-        head_of(base)  # refuses a model without a head, or with an adapter on it
-        self._group_cost = GroupCost.of_model(base, self.layout)
+        adapters = before is None or reference_has_adapters(model, before)
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or DPOCollator(
-                self.layout,
-                args.max_tokens_per_micro_batch,
-                processing_class.pad_token_id,
-                split_for_ld_dpo=args.splits_completions,
-            ),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -183,9 +172,15 @@ class DPOTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             keep_numbers_exact(self.accelerator.state.fsdp_plugin)
-        if args.disable_dropout and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            with self.accelerator.autocast():
-                refuse_randomness(self.model, self.layout, self._datasets.vocab_size)
+        self.layout = self._settle_layout(ref_model)
+        self._group_cost = GroupCost.of_model(base, self.layout)
+        if data_collator is None:
+            self.data_collator = DPOCollator(
+                self.layout,
+                args.max_tokens_per_micro_batch,
+                processing_class.pad_token_id,
+                split_for_ld_dpo=args.splits_completions,
+            )
         if args.torch_compile:
             compile_layers(base, self.accelerator.state.dynamo_plugin)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
@@ -201,7 +196,7 @@ class DPOTrainer(Trainer):
         self.model.add_model_tags(self._tag_names)
 
         if needs_reference:
-            self._datasets.reference = self._make_reference(ref_model, fingerprint, adapters=peft_config is None)
+            self._datasets.reference = self._make_reference(ref_model, fingerprint, adapters)
         self.train_dataset = self._datasets.with_reference(self.train_dataset, "train")
         self.eval_dataset = map_datasets(self.eval_dataset, self._datasets.with_reference)
         self._datasets.settle_reference()
@@ -216,11 +211,29 @@ class DPOTrainer(Trainer):
         """What became of the rows, by name of the dataset."""
         return self._datasets.summaries
 
+    def _settle_layout(self, ref_model: PreTrainedModel | None) -> Layout:
+        """Give policy and reference the packed forward, in one layout for both."""
+        settle = functools.partial(
+            settle_forward,
+            max_length=self.args.max_length or math.inf,
+            autocast=lambda: autocast_of_training(self.accelerator),
+        )
+        policy = {"training": self.args.disable_dropout, "aux_loss": self._aux_loss_weight != 0}
+        layout = settle(self.model, self.args.layout, **policy)
+        if ref_model is not None:
+            check_reference(ref_model.to(self.args.device), self._datasets.vocab_size)
+            if layout == "shared" and settle(ref_model, self.args.layout) == "padded":
+                layout = settle(self.model, "padded", **policy)
+            elif layout == "padded":
+                settle(ref_model, "padded")
+        layouts = [layout]
+        broadcast_object_list(layouts)  # a rank without weights, which others will send it, has not compared
+        return layouts[0]
+
     def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint, adapters: bool) -> Reference:
         model = self.model
         if ref_model is not None:
-            model, adapters, fingerprint = ref_model.to(self.args.device), True, weights_fingerprint
-            prepare_reference(ref_model, self._datasets.vocab_size, self.layout)
+            model, adapters, fingerprint = ref_model, True, weights_fingerprint
         return Reference(
             model,
             self.accelerator,
@@ -360,8 +373,8 @@ class DPOTrainer(Trainer):
                 aux_loss=self._aux_loss_weight != 0,
                 **self._loss_arguments(packed, totals, known),
             )
-            if output.loss is not None:
-                loss = loss + output.loss
+            if output.preference_loss is not None:
+                loss = loss + output.preference_loss
             if output.aux_loss is not None:
                 share = packed.comparison_weights.sum() / totals[0]
                 loss = loss + self._aux_loss_weight * share * output.aux_loss

@@ -35,7 +35,8 @@ NAMES = {
     """,
     "dpo_fast_kernels": """
         GatherPlan LogitTransform PreferenceLoss PrefixLayout RowLogps ScoreLayout SequenceLoss VocabularyShards
-        attention_backend gather_rows linear_logps linear_preference_loss prefix_attention sequence_logps
+        attention_backend gather_rows linear_logps linear_preference_loss logps_of_logits prefix_attention
+        sequence_logps
     """,
     "dpo_fast.integrations.trl": "DPOTrainer TESTED_VERSIONS check_trl_version patch_trl unpatch_trl",
     "dpo_fast.losses": """

@@ -29,7 +29,8 @@ class PackedBatch:
     """Groups laid out for one forward pass.
 
     Attributes:
-        input_ids, position_ids: int64 [1, T] (shared) or [S, L] (padded). Positions restart after the prompt.
+        input_ids, position_ids: int64 [1, T] (shared) or [S, L] (padded). Positions restart after the prompt; padding
+            has that of the row's last token.
         prefix: segments for shared-prefix attention (shared), else None.
         attention_mask: int64 [S, L], 1 on tokens (padded), else None.
         score_rows: which hidden rows, of the flattened [T, H], predict a completion token: N score rows.
@@ -47,6 +48,7 @@ class PackedBatch:
         comparison_offsets: fp32 [C], 0 in groups without offsets, or None where no group has any.
         ref_logps: fp32 [S], or [S, J] by piece with zeros behind the last, or None.
         num_tokens: token positions that hold a token.
+        longest: tokens of the longest sequence, a prompt with one completion.
     """
 
     input_ids: Tensor
@@ -66,6 +68,7 @@ class PackedBatch:
     comparison_offsets: Tensor | None
     ref_logps: Tensor | None
     num_tokens: int
+    longest: int = 0
 
     # Earlier names of three attributes.
     scores = property(lambda self: self.score_rows)
@@ -244,6 +247,7 @@ def _shared_body(groups: Sequence[PreferenceGroup]) -> Body:
         "prefix": PrefixLayout.build(lengths),
         "attention_mask": None,
         "num_tokens": start,
+        "longest": max(prompt + max(completions) for prompt, *completions in lengths),
     }
     return body, rows, targets
 
@@ -256,20 +260,23 @@ def _padded_body(groups: Sequence[PreferenceGroup], pad_token_id: int) -> Body:
     ]
     width = max(len(ids) for _, _, ids in sequences)
     input_ids = np.full((len(sequences), width), pad_token_id, np.int64)
+    positions = np.broadcast_to(np.arange(width), input_ids.shape).copy()
     mask = np.zeros_like(input_ids)
     rows, targets = [], []
     for row, (prompt_length, context, ids) in enumerate(sequences):
         input_ids[row, : len(ids)] = ids
+        positions[row, len(ids) :] = len(ids) - 1
         mask[row, : len(ids)] = 1
         first = prompt_length + _first_scored(prompt_length, context)
         rows.append(np.arange(first - 1, len(ids) - 1) + row * width)
         targets.append(ids[first:])
     body = {
         "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.arange(width).expand(len(sequences), width).contiguous(),
+        "position_ids": torch.from_numpy(positions),
         "prefix": None,
         "attention_mask": torch.from_numpy(mask),
         "num_tokens": int(mask.sum()),
+        "longest": width,
     }
     return body, rows, targets
 

@@ -6,11 +6,16 @@ function registered here hands every call without a packed row to transformers' 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -34,6 +39,8 @@ def _attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: returns ([1, T, Hq, Dv], None)."""
+    if (look := _look.get()) is not None:
+        look.compare(module, attention_mask, sliding_window)
     if prefix is None and softcap is not None:  # which SDPA would leave out
         return _softcapped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap), None
     if prefix is None:
@@ -71,8 +78,104 @@ def _softcapped_attention(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
+def _mask(**arguments: Any) -> Tensor | None:
+    """transformers' mask function: SDPA's, which carries what its last query sees while layers are looked at."""
+    look = _look.get()
+    if look is None:
+        return sdpa_mask(**arguments)
+    last = {"batch_size": 1, "q_length": 1, "q_offset": look.length - 1, "kv_length": look.length, "kv_offset": 0}
+    whole = {"attention_mask": None, "allow_is_causal_skip": False}
+    mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    with contextlib.suppress(IndexError):  # a mask that is bound to the tokens of this call
+        mask.dpo_fast_seen = sdpa_mask(**arguments | last | whole)[0, 0, 0]
+    return mask
+
+
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+
+
+@dataclass
+class _Look:
+    """What is found about a sequence of `length` tokens while a model runs on two."""
+
+    length: int
+    config: PretrainedConfig
+    problems: list[str] = field(default_factory=list)
+
+    def compare(self, module: nn.Module, mask: Tensor | None, window: int | None) -> None:
+        seen = getattr(mask, "dpo_fast_seen", None)
+        if seen is None:
+            seen = self._configured(module)
+        elif torch.equal(seen, torch.arange(self.length, device=seen.device) >= self.length - int(seen.sum())):
+            seen = int(seen.sum())
+        if seen != min(window or self.length, self.length):
+            keys = f"{seen} of" if isinstance(seen, int) else "some of"
+            self.problems.append(
+                f"its {type(module).__name__} sees {keys} {self.length} tokens by the mask of the model, but gives "
+                f"sliding_window={window} to the attention function"
+            )
+
+    def _configured(self, module: nn.Module) -> int | None:
+        """Return how many keys the last query sees by the configuration, where the mask does not tell."""
+        kinds, windows = getattr(self.config, "layer_types", None), short_windows(self.config, self.length)
+        if kinds is None or not hasattr(module, "layer_idx"):
+            return None if windows else self.length
+        kind = kinds[module.layer_idx]
+        if kind == "sliding_attention":
+            return min(self.config.sliding_window, self.length)
+        return self.length if kind == "full_attention" and windows <= {"sliding_window"} else None
+
+
+def short_windows(config: PretrainedConfig, length: int) -> set[str]:
+    """Return the settings that name a window or a chunk of fewer than `length` tokens."""
+    return {
+        name for name, value in vars(config).items()
+        if ("window" in name or "chunk_size" in name) and isinstance(value, int) and 0 < value < length
+    }  # fmt: skip
+
+
+_look: ContextVar[_Look | None] = ContextVar("look", default=None)
+
+
+def hidden_window(model: PreTrainedModel, run: Callable[[Tensor], Any], length: int) -> str | None:
+    """Return where the mask of `model` hides tokens that the attention function is not told of; None for nowhere.
+
+    Args:
+        model: attends by `ATTENTION_NAME`.
+        run: runs the model on tokens, int64 [1, T].
+        length: tokens of the longest sequence to come; the model runs on two.
+    """
+    look = _Look(length, model.config.get_text_config())
+    token = _look.set(look)
+    try:
+        run(torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device))
+    finally:
+        _look.reset(token)
+    return look.problems[0] if look.problems else None
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within it `model` attends by the implementation `name`."""
+    restore = implementations(model)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def implementations(model: PreTrainedModel) -> Callable[[], None]:
+    """Return what brings back how `model` and its parts attend."""
+    parts = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [(config, config._attn_implementation_internal) for config in [*parts, model.config.get_text_config()]]
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    return restore
 
 
 def sharing_obstacle(model: PreTrainedModel) -> str | None:
@@ -87,60 +190,11 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         return f"its layers mix tokens by {', '.join(sorted(kinds))}, not by causal attention"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not reached through transformers' AttentionInterface"
+    if getattr(config, "index_topk", None) is not None:
+        return "its layers choose the keys that a query sees (index_topk)"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "its attention has sink logits"
     return None
-
-
-def use_shared_prefix(model: PreTrainedModel) -> None:
-    """Switches `model` to shared-prefix attention for packed rows, and checks on a few tokens that its results stay
-    the same.
-
-    The check is skipped where parameters are not at hand yet (meta device, ZeRO-3 shards).
-
-    Raises:
-        ValueError: the architecture cannot share prompts; the message says why. The model is left as it was.
-    """
-    reason = sharing_obstacle(model)
-    if reason is None:
-        before, training = model.config._attn_implementation, model.training
-        try:
-            reason = _switch_and_compare(model.eval())
-        except Exception as error:  # whatever a foreign architecture trips over, it cannot run on packed rows
-            reason = f"it fails on a packed row ({type(error).__name__}: {error})"
-        model.train(training)
-        if reason is not None:
-            model.set_attn_implementation(before)
-    if reason is not None:
-        raise ValueError(f"layout='shared' does not work for {type(model).__name__}: {reason}. Use layout='padded'.")
-
-
-@torch.no_grad()
-def _switch_and_compare(model: PreTrainedModel) -> str | None:
-    """Runs two short completions of one prompt alone under eager attention and together in a packed row."""
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        model.set_attn_implementation(ATTENTION_NAME)
-        return None
-    body, device = model.base_model, model.get_input_embeddings().weight.device
-    tokens = torch.arange(2, 12, device=device) % model.config.get_text_config().vocab_size
-    prompt, first, second = tokens.split([4, 3, 3])
-
-    model.set_attn_implementation("eager")
-    alone = [
-        body(input_ids=torch.cat([prompt, completion])[None], use_cache=False).last_hidden_state[0]
-        for completion in (first, second)
-    ]
-    expected = torch.cat([alone[0], alone[1][len(prompt) :]]).float()
-    model.set_attn_implementation(ATTENTION_NAME)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]], device=device)
-    prefix = PrefixLayout.build([(4, 3, 3)]).to(device)
-    packed = body(**packed_arguments(tokens[None], positions, prefix), use_cache=False)
-
-    error = (packed.last_hidden_state[0].float() - expected).norm() / expected.norm()
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    if error <= tolerance:
-        return None
-    return f"completions that share a prompt came out different from the same completions alone (by {error:.1%})"
 
 
 def packed_arguments(input_ids: Tensor, position_ids: Tensor, prefix: PrefixLayout) -> dict[str, Any]:

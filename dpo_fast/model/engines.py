@@ -65,6 +65,28 @@ def _is_shard(weight: Tensor) -> bool:
 
 
 @contextlib.contextmanager
+def weights_at_hand(model: nn.Module, accelerator: Accelerator | None = None) -> Iterator[None]:
+    """Every module has its own weights while it runs, ZeRO-3's too where no engine sees to that. No gradients."""
+    has_engine = getattr(accelerator, "deepspeed_engine_wrapped", None) is not None
+    if has_engine or not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    from deepspeed import zero
+
+    handles = []
+    for module in model.modules():
+        if own := [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]:
+            gathered = zero.GatheredParameters(own)
+            handles.append(module.register_forward_pre_hook(lambda *_, gathered=gathered: gathered.__enter__()))
+            handles.append(module.register_forward_hook(lambda *_, gathered=gathered: gathered.__exit__()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """A whole model is on `device` meanwhile, if it was on the host and fits."""
     away = [tensor for tensor in (*model.parameters(), *model.buffers()) if _is_away(tensor, device)]

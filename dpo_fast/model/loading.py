@@ -1,10 +1,8 @@
-"""Loading a policy, giving it the packed forward, and wrapping it in an adapter."""
+"""Loading a policy, and what is read off its configuration."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_fast.batches.groups import Layout
 from dpo_fast.config import DPOConfig, tensor_parallel_refusal
 from dpo_fast.data.loading import looks_local
-from dpo_fast.model.forward import prepare_forward
+from dpo_fast.model.adapters import quiet_peft
 
 
 def load_model(
@@ -82,70 +79,25 @@ def check_model_path(name: str, options: Mapping[str, Any] | None = None) -> Non
         raise ValueError(f"model={name!r} does not exist; give a folder, or a model on the Hub as owner/name")
 
 
-def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> nn.Module:
-    """Wraps `model` in the adapter of `peft_config`; returns it as it is when there is none.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: the model already has an adapter, or the adapter is of a kind that adds prompt tokens.
-    """
-    if peft_config is not None:
-        try:
-            from peft import PeftConfig, PromptLearningConfig, get_peft_model
-        except ImportError as error:
-            raise ImportError('peft_config needs the peft package: pip install "dpo-fast[peft]"') from error
-        if not isinstance(peft_config, PeftConfig):
-            raise ValueError(
-                f"peft_config is a {type(peft_config).__name__}; pass a peft.LoraConfig or another PeftConfig"
-            )
-        if isinstance(peft_config, PromptLearningConfig):
-            raise ValueError(f"peft_config is a {type(peft_config).__name__}, which adds prompt tokens; use a LoRA")
-        if hasattr(model, "peft_config"):
-            raise ValueError(
-                "peft_config is given, but model already has an adapter: leave peft_config out to train that one, or "
-                "merge it first (model.merge_and_unload())"
-            )
-        with quiet_peft():
-            model = get_peft_model(model, peft_config)
-    let_recompute(model, args)
-    return model
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Keep a warning of transformers about a name that peft uses, up to 0.21, from users, who cannot change it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
-
-
-def let_recompute(model: nn.Module, args: DPOConfig) -> None:
-    """Gives the layers below an adapter a gradient to pass on, which some kinds of checkpointing need."""
-    if hasattr(model, "peft_config") and args.gradient_checkpointing:
-        model.enable_input_require_grads()
-
-
 def vocabulary_size(model: nn.Module) -> int:
     """Token embeddings of a model, also of one whose weights are sharded and not at hand."""
     embeddings = model.get_input_embeddings()
     return getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[0]
 
 
-def prepare_reference(ref_model: PreTrainedModel, vocab_size: int, layout: Layout) -> None:
-    """Gives `ref_model`, bare or in an adapter, the packed forward in the policy's `layout`.
+def check_reference(ref_model: nn.Module, vocab_size: int) -> None:
+    """Refuse a reference for a policy of `vocab_size` token embeddings.
 
     Raises:
-        ValueError: it has fewer token embeddings than `vocab_size`, the policy's, or is tensor-parallel.
+        ValueError: it has fewer, or is tensor-parallel.
     """
-    base = ref_model.get_base_model() if hasattr(ref_model, "peft_config") else ref_model
-    if (size := getattr(base, "tp_size", None) or 1) > 1:
+    if (size := getattr(ref_model, "tp_size", None) or 1) > 1:
         raise ValueError(tensor_parallel_refusal(f"ref_model.tp_size={size}"))
-    if vocabulary_size(base) < vocab_size:
+    if vocabulary_size(ref_model) < vocab_size:
         raise ValueError(
-            f"ref_model has {vocabulary_size(base)} token embeddings and model has {vocab_size}; use a reference with "
-            "the same tokenizer"
+            f"ref_model has {vocabulary_size(ref_model)} token embeddings and model has {vocab_size}; use a reference "
+            "with the same tokenizer"
         )
-    prepare_forward(base, layout)
 
 
 def aux_loss_weight(base: PreTrainedModel, coefficient: float | None) -> float:

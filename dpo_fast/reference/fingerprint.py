@@ -34,8 +34,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dpo_fast.errors import InputError
+from dpo_fast.model.adapters import base_of
 from dpo_fast.model.compilation import is_compiled
-from dpo_fast.model.head import logit_transform
+from dpo_fast.model.head import read_head
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
 
@@ -209,10 +210,6 @@ def digest_of(content: object) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _active_adapters(model: nn.Module) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
@@ -222,7 +219,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 def _named_weights(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """Weights of the base by the names that they have in the bare model, and those of active adapters by their own."""
-    base = _base(model)
+    base = base_of(model)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     inactive = {*getattr(model, "peft_config", ())}.difference(_active_adapters(model))
     wrapped = {}  # path of a module that PEFT has wrapped → name of the original in the wrapper
@@ -310,14 +307,15 @@ def reference_description(
         attention: names the layout and the backend of the attention.
         weights: the fingerprint of the weights, where it is known.
     """
-    base = _base(model)
+    base = base_of(model)
     config = base.config.get_text_config()
+    form = base.dpo_fast.head_form if "dpo_fast" in vars(base) else read_head(base)
     architecture = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     description = {
         "version": STORE_VERSION,
         "architecture": architecture.__name__,
         "weights": weights_fingerprint(model, adapters) if weights is None else weights,
-        "logits": asdict(logit_transform(config)),
+        "logits": "the model's own" if form is None else asdict(form.transform),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
         "experts": getattr(config, "_experts_implementation", None),

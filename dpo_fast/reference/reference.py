@@ -14,13 +14,13 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -30,7 +30,15 @@ from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.data.columns import KEY_COLUMNS, token_tables
 from dpo_fast.errors import InputError
 from dpo_fast.machine import cache_dir
-from dpo_fast.model.engines import autocast_of_training, dtype_of_engine, is_sharded, on_device, weights_in
+from dpo_fast.model.adapters import adapters_off, standing_in, weights_of_reference
+from dpo_fast.model.engines import (
+    autocast_of_training,
+    dtype_of_engine,
+    is_sharded,
+    on_device,
+    weights_at_hand,
+    weights_in,
+)
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
@@ -68,24 +76,6 @@ def weights_memo(
     return fingerprint
 
 
-@contextlib.contextmanager
-def _gathered_while_they_run(model: nn.Module) -> Iterator[None]:
-    """Every module has its own weights while it runs; for ZeRO-3's shards, before an engine does that. No gradients."""
-    from deepspeed import zero
-
-    handles = []
-    for module in model.modules():
-        if own := [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]:
-            gathered = zero.GatheredParameters(own)
-            handles.append(module.register_forward_pre_hook(lambda *_, gathered=gathered: gathered.__enter__()))
-            handles.append(module.register_forward_hook(lambda *_, gathered=gathered: gathered.__exit__()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Reference:
     """What gives reference log-probs.
 
@@ -98,6 +88,9 @@ class Reference:
         max_tokens: bound on the packed tokens of a forward pass, 8192 unless given.
         fingerprint: what hashes its weights.
         shard: which prompts to run; None shares them out among the processes of the run.
+
+    Attributes:
+        lasts: whether it is there at any time, untouched by training: as a model in an adapter is.
     """
 
     def __init__(
@@ -117,13 +110,23 @@ class Reference:
         self.column = column
         self._accelerator, self._fingerprint = accelerator, fingerprint
         self._adapters, self._layout = adapters, layout
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
         self._root, self._max_tokens = root or cache_dir() / "reference", max_tokens
         self._shard = shard or Shard(accelerator.process_index, accelerator.num_processes)
         self._audited = False
+        self.lasts = hasattr(model, "disable_adapter") and self._keep_copies()
+
+    def _keep_copies(self) -> bool:
+        """Keep copies of weights that train and that the reference reads; return whether that is enough."""
+        weights = weights_of_reference(self.model, self._adapters)
+        self._copies = [(weight, weight.detach().clone()) for weight in weights]
+        engines = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # put other weights in the place of these
+        return not weights or self._accelerator.distributed_type not in engines
 
     @functools.cached_property
     def store(self) -> ReferenceStore:
-        return ReferenceStore(self._root, self._description())
+        with standing_in(self._copies):
+            return ReferenceStore(self._root, self._description())
 
     @functools.cached_property
     def _dtype(self) -> torch.dtype:
@@ -170,20 +173,14 @@ class Reference:
     def _run(self, packed: PackedBatch) -> Tensor:
         was_training = self.model.training
         self.model.eval()
-        off = contextlib.nullcontext() if self._adapters else self.model.disable_adapter()
+        off = contextlib.nullcontext() if self._adapters else adapters_off(self.model)
         device, autocast = self._accelerator.device, autocast_of_training(self._accelerator)
         as_in_training = weights_in(self.model, dtype_of_engine(self._accelerator), device)
-        with off, self._weights(), as_in_training, torch.no_grad(), autocast:
+        copies = standing_in(self._copies)
+        with off, copies, weights_at_hand(self.model, self._accelerator), as_in_training, torch.no_grad(), autocast:
             logps = self.model(packed=packed.to(device, non_blocking=True)).token_logps
         self.model.train(was_training)
         return logps
-
-    def _weights(self) -> contextlib.AbstractContextManager[None]:
-        """What brings shards of ZeRO-3 together where no engine does so yet."""
-        alone = getattr(self._accelerator, "deepspeed_engine_wrapped", None) is None
-        if alone and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            return _gathered_while_they_run(self.model)
-        return contextlib.nullcontext()
 
     def _any_rank_has(self, own: bool) -> bool:
         """Whether any rank has a batch to run."""

@@ -37,7 +37,7 @@ def saved_bytes(model: nn.Module, packed: PackedBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(packed=packed, loss=SequenceLoss(torch.sum)).loss
+        loss = model(packed=packed, loss=SequenceLoss(torch.sum)).preference_loss
     assert loss.requires_grad  # holds on to what was counted
     return sum(kept.values())
 

@@ -83,7 +83,6 @@ class PreferenceDatasets:
         config: the options of the run.
         tokenizer: the model's.
         vocab_size: vocabulary size of the model; an attribute too.
-        new_adapter: whether the reference is the model without its adapter, and so there at any time.
         own_reference: whether the reference is a model of its own, which is released after its pass.
 
     Attributes:
@@ -98,7 +97,6 @@ class PreferenceDatasets:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         *,
-        new_adapter: bool,
         own_reference: bool,
     ):
         self.summaries: dict[str, DataSummary] = {}
@@ -106,7 +104,7 @@ class PreferenceDatasets:
         self.reference: Reference | None = None
         self.vocab_size = vocab_size
         self._config, self._tokenizer = config, tokenizer
-        self._new_adapter, self._own_reference = new_adapter, own_reference
+        self._own_reference = own_reference
 
     def tokenized(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """Return the groups of a dataset of the constructor, prepared on one process of each machine first."""
@@ -146,7 +144,7 @@ class PreferenceDatasets:
         """Before training: keep a copy of the policy for rows that are still to come, or release a model of its own."""
         if self.reference is None:
             return
-        if self.has_streams and not self._new_adapter and not self._own_reference:
+        if self.has_streams and not self.reference.lasts and not self._own_reference:
             self.reference.keep()
         elif self._own_reference and not self.has_streams:
             self.reference.release()
@@ -160,8 +158,10 @@ class PreferenceDatasets:
         if self.reference is not None and not self.lacks_reference(dataset):
             return dataset
         dataset = self._tokenized(dataset, name)
-        gone = self._own_reference or (trained and not self._new_adapter)
-        if not gone or self.has_streams or not self.lacks_reference(dataset):
+        if not self.lacks_reference(dataset):
+            return dataset
+        gone = self._own_reference or (trained and not self.reference.lasts)
+        if not gone or self.has_streams:
             return self.with_reference(dataset, name)
         try:
             return self.reference.with_stored_logps(dataset)

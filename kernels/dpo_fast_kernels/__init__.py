@@ -7,7 +7,7 @@ from dpo_fast_kernels.head.linear_logps import linear_logps
 from dpo_fast_kernels.head.linear_preference import PreferenceLoss, linear_preference_loss
 from dpo_fast_kernels.head.logits import LogitTransform, RowLogps
 from dpo_fast_kernels.head.score_layout import ScoreLayout
-from dpo_fast_kernels.head.sequence_logps import sequence_logps
+from dpo_fast_kernels.head.sequence_logps import logps_of_logits, sequence_logps
 from dpo_fast_kernels.head.sequence_loss import SequenceLoss
 from dpo_fast_kernels.head.vocab_parallel import VocabularyShards
 
@@ -24,6 +24,7 @@ __all__ = [
     "gather_rows",
     "linear_logps",
     "linear_preference_loss",
+    "logps_of_logits",
     "prefix_attention",
     "sequence_logps",
 ]

@@ -90,10 +90,12 @@ def test_linear_preference_loss(trains):
 def test_sequence_logps():
     x = head()
     logits = (x["hidden"] @ x["weight"].t()).detach()
-    options = (0.5, 5.0, 1.3, "torch")
-    arguments = (logits.requires_grad_(), x["targets"], x["layout"].cu_scores)
-    check(torch.ops.dpo_fast.sequence_logps.default, *arguments, *options)
-    _, logps, lse = torch.ops.dpo_fast.sequence_logps(*arguments, *options)
+    transform = (0.5, 5.0, 1.3)
+    arguments = (logits.requires_grad_(), x["targets"], x["layout"].cu_scores, *transform, "entropy,is_top1", "torch")
+    check(torch.ops.dpo_fast.sequence_logps.default, *arguments)
+    _, logps, _, lse = torch.ops.dpo_fast.sequence_logps(*arguments)
+    logps = logps.detach()
+    options = (*transform, "torch")
     coefficient = torch.ones_like(logps)
     check(
         torch.ops.dpo_fast.sequence_logps_bwd.default, coefficient, logits.detach(), x["targets"], logps, lse, *options

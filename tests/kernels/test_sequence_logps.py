@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels import LogitTransform, sequence_logps
+from dpo_fast_kernels import LogitTransform, linear_logps, logps_of_logits, sequence_logps
 from dpo_fast_kernels.specification import row_logps_reference
 from interpreting import interpreted
 from numerics import assert_close_to_truth
@@ -68,6 +68,24 @@ def test_gradcheck(transform):
     logits, targets, cu_scores = problem(torch.float64, [2, 1, 3], v=7)
     function = lambda logits: sequence_logps(logits, targets, cu_scores, transform=transform)  # noqa: E731
     assert torch.autograd.gradcheck(function, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_every_number_of_a_row_is_that_of_the_head(transform):
+    """Log-probs of tokens, with their gradient, and statistics, against a head that makes the same logits."""
+    names = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+    logits, targets, cu_scores = problem(torch.float64, [2, 1, 3], v=7)
+    logits.requires_grad_()
+    options = {"transform": transform, "statistics": names}
+    ours = logps_of_logits(logits, targets, cu_scores, **options)
+    theirs = linear_logps(logits, torch.eye(7, dtype=logits.dtype), targets, cu_scores=cu_scores, **options)
+    for name in ("logps", "sequence_logps", *names):
+        assert torch.allclose(getattr(ours, name), getattr(theirs, name)), name
+    weights = torch.linspace(-1, 2, len(targets), dtype=logits.dtype)
+    gradients = [
+        torch.autograd.grad(rows.logps @ weights + rows.sequence_logps.sum(), logits)[0] for rows in (ours, theirs)
+    ]
+    assert torch.allclose(*gradients)
 
 
 def test_rows_may_lie_apart():

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_fast.model.dropout import disable_dropout, refuse_randomness
-from dpo_fast.model.forward import prepare_forward
-from families import _COMMON, VOCAB, tiny_model
+from dpo_fast.model.agreement import settle_forward
+from dpo_fast.model.dropout import disable_dropout
+from families import _COMMON, tiny_model
 from preferences import logged, make_trainer
 
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -47,12 +47,11 @@ def noisy(family: str):
 def test_every_kind_of_dropout_is_turned_off(family):
     model = noisy(family)
     before, saved = model.config.to_dict(), {k: v for k, v in FAMILIES[family].items() if "drop" in k or "jitter" in k}
-    layout = prepare_forward(model, "auto")
-    with pytest.raises(ValueError, match="is random in training mode|attention dropout of"):
-        refuse_randomness(model, layout, VOCAB)
+    with pytest.raises(ValueError, match="is random, although every rate"):
+        settle_forward(model, "auto", training=True)
     disable_dropout(model)
     state = torch.get_rng_state()
-    refuse_randomness(model, layout, VOCAB)
+    settle_forward(model, "auto", training=True)
     assert torch.equal(state, torch.get_rng_state()), "no random number is used up"
     assert all(model.config.to_dict()[name] == before[name] for name in saved if name in before)
 
@@ -75,7 +74,7 @@ class Noise(nn.Module):
 def test_noise_that_stays_is_refused_by_name(tmp_path):
     model = tiny_model("llama")
     model.model.layers[2].mlp = nn.Sequential(model.model.layers[2].mlp, Noise())
-    with pytest.raises(ValueError, match=r"model: model\.layers\.2\.mlp\.1 \(Noise\) is random in training mode"):
+    with pytest.raises(ValueError, match=r"model: model\.layers\.2\.mlp\.1 \(Noise\) is random, although"):
         make_trainer(tmp_path, model=model)
     assert not list((tmp_path / "reference").glob("*/part-*")), "nothing was computed"
     make_trainer(tmp_path, model=model, disable_dropout=False)
@@ -83,8 +82,8 @@ def test_noise_that_stays_is_refused_by_name(tmp_path):
 
 def test_the_mode_of_a_model_stays():
     model = tiny_model("llama")
-    layout = prepare_forward(model, "auto")
     for training in (True, False):
         model.train(training)
-        refuse_randomness(model, layout, VOCAB)
-        assert model.training == training
+        model.model.layers[0].eval()
+        settle_forward(model, "auto", training=True)
+        assert model.training == training and not model.model.layers[0].mlp.training

@@ -12,7 +12,7 @@ from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, LossParameters
 from dpo_fast.losses.objective import Objective
-from dpo_fast.model.attention import use_shared_prefix
+from dpo_fast.model.agreement import use_shared_prefix
 from dpo_fast.model.forward import add_dpo_forward
 from dpo_fast_kernels import SequenceLoss
 from families import tiny_model
@@ -50,8 +50,8 @@ def solve(model, groups: list[PreferenceGroup], name: str) -> dict[str, torch.Te
     totals = torch.stack([weights.sum(), (weights * winner_tokens).sum()])
     model.zero_grad()
     output = model(packed=packed, loss=SequenceLoss(objective), loss_inputs=objective.inputs(packed, totals))
-    output.loss.backward()
-    return {"loss": output.loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+    output.preference_loss.backward()
+    return {"loss": output.preference_loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - set(COUPLED) - {"plackett_luce"}))

@@ -181,7 +181,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             aux_loss=self.aux_loss_enabled,
             **({} if coupled else {"loss": self._sequence_loss, "loss_inputs": loss_inputs}),
         )
-        loss: Tensor = objective(output.logps, *loss_inputs) if coupled else output.loss
+        loss: Tensor = objective(output.logps, *loss_inputs) if coupled else output.preference_loss
         if output.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
         compared = objective.compare(output.logps.detach(), *loss_inputs)

@@ -10,6 +10,8 @@ Bytes moved: forward N·V·itemsize; backward 2·N·V·itemsize.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ from dpo_fast_kernels.head.arguments import (
     pick_backend,
     row_operations,
 )
-from dpo_fast_kernels.head.linear_logps import spread_over_rows
-from dpo_fast_kernels.head.logits import LogitTransform
+from dpo_fast_kernels.head.linear_logps import row_logps_of, spread_over_rows
+from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
 
 
 @torch.library.custom_op("dpo_fast::sequence_logps", mutates_args=())
@@ -32,20 +34,26 @@ def _sequence_logps(
     scale: float,
     softcap: float | None,
     temperature: float,
+    statistics: str,  # names, separated by commas
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # sums [S], log-probs [N], log-sum-exps [N]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sums [S], log-probs [N], statistics, log-sum-exps [N]
     if logits.device.type == "cpu":
         check_target_values(targets, logits.shape[1])
         check_cu_scores_values(cu_scores, logits.shape[0])
     row_ops, transform = row_operations(backend), LogitTransform(scale, softcap, temperature)
-    logps, lse = row_ops.row_logps_fwd(logits, targets, None, transform=transform, statistics={})
-    return row_ops.sequence_sums(logps, cu_scores), logps, lse
+    logps = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    wanted = empty_statistics(statistics.split(","), logps)
+    logps, lse = row_ops.row_logps_fwd(logits, targets, None, transform=transform, statistics=wanted)
+    stacked = torch.stack(list(wanted.values())) if wanted else logps.new_empty((0, logps.shape[0]))
+    return row_ops.sequence_sums(logps, cu_scores), logps, stacked, lse
 
 
 @_sequence_logps.register_fake
-def _(logits, targets, cu_scores, scale, softcap, temperature, backend):
+def _(logits, targets, cu_scores, scale, softcap, temperature, statistics, backend):
     logps = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
-    return logps.new_empty(cu_scores.shape[0] - 1), logps, torch.empty_like(logps)
+    count = sum(name in STATISTICS for name in statistics.split(","))
+    stacked = logps.new_empty((count, logps.shape[0]))
+    return logps.new_empty(cu_scores.shape[0] - 1), logps, stacked, torch.empty_like(logps)
 
 
 @torch.library.custom_op("dpo_fast::sequence_logps_bwd", mutates_args=())
@@ -81,18 +89,17 @@ def _(coefficient, logits, targets, logps, lse, scale, softcap, temperature, bac
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, cu_scores, *ctx.options = inputs
-    _, logps, lse = output
+    logits, targets, cu_scores, *ctx.transform, _, ctx.backend = inputs
+    _, logps, statistics, lse = output
     ctx.save_for_backward(logits, targets, cu_scores, logps, lse)
-    ctx.mark_non_differentiable(logps, lse)
+    ctx.mark_non_differentiable(statistics, lse)
 
 
-def _backward(ctx, dsums, *_):
+def _backward(ctx, dsums, dlogps, *_):
     logits, targets, cu_scores, logps, lse = ctx.saved_tensors
-    slope = LogitTransform(*ctx.options[:3]).slope
-    coefficient = spread_over_rows(dsums, cu_scores, logits.shape[0]) * slope
-    gradient = _sequence_logps_bwd(coefficient, logits, targets, logps, lse, *ctx.options)
-    return gradient, *(None,) * 6
+    coefficient = (spread_over_rows(dsums, cu_scores, logits.shape[0]) + dlogps) * LogitTransform(*ctx.transform).slope
+    gradient = _sequence_logps_bwd(coefficient, logits, targets, logps, lse, *ctx.transform, ctx.backend)
+    return gradient, *(None,) * 7
 
 
 _sequence_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -108,12 +115,31 @@ def sequence_logps(
 ) -> Tensor:  # fp32 [S]
     """Returns the log-prob (nat) of every completion, the sum of its targets' log-probs; differentiable in logits.
 
+    Arguments and errors are those of `logps_of_logits`.
+    """
+    sums = logps_of_logits(logits, targets, cu_scores, transform=transform, backend=backend).sequence_logps
+    assert sums is not None
+    return sums
+
+
+def logps_of_logits(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # int64 [N]
+    cu_scores: Tensor,  # int32 or int64 [S + 1]
+    *,
+    transform: LogitTransform = LogitTransform(),  # noqa: B008 (frozen)
+    statistics: Collection[str] = (),
+    backend: str = "auto",
+) -> RowLogps:
+    """Returns the log-prob (nat) of every target and their sums over completions, differentiable in logits.
+
     Args:
         logits: one row a token to be predicted, [N, V], in float16, bfloat16, float32 or float64; the distance between
             rows is free, entries of a row lie side by side. They stay as they are.
         targets: int64 [N], in [0, V).
         cu_scores: where the rows of each completion begin and end, from 0 to N.
         transform: what is still to be done to the logits.
+        statistics: names of what to return besides, without gradient, as `linear_logps` has them.
         backend: "torch", "triton" (CUDA only, never falls back), or "auto".
 
     Raises:
@@ -128,11 +154,13 @@ def sequence_logps(
             f"targets must be int64 [{logits.shape[0]}] on {logits.device}, "
             f"got {targets.dtype} {tuple(targets.shape)} on {targets.device}"
         )
+    check_statistics(statistics)
     check_cu_scores(cu_scores, logits.device)
     if backend == "fused":
         raise ValueError("backend must be 'auto', 'torch' or 'triton': 'fused' makes logits, these are given")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     backend = pick_backend(backend, logits.dtype, logits.device)
-    options = (transform.scale, transform.softcap, transform.temperature, backend)
-    return _sequence_logps(logits, targets, cu_scores, *options)[0]
+    options = (transform.scale, transform.softcap, transform.temperature, ",".join(statistics), backend)
+    sums, logps, stacked, _ = _sequence_logps(logits, targets, cu_scores, *options)
+    return row_logps_of(logps, sums, stacked, statistics)
