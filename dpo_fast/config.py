@@ -106,6 +106,13 @@ class DPOConfig(TrainingArguments):
         default="keep_start",
         metadata={"help": "Which end survives when prompt and completion exceed max_length."},
     )
+    columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the dataset with other names than ours, as prompt=instruction chosen=better. Where "
+            "prompt is given, no other column belongs to the prompt; system=… makes conversations of text."
+        },
+    )
     comparisons: ComparisonChoice = field(
         default="all_pairs",
         metadata={
@@ -251,6 +258,7 @@ class DPOConfig(TrainingArguments):
         self._check_choices()
         self._check_loss()
         self._check_lengths()
+        self.columns = _column_names(self.columns)
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
         self.remove_unused_columns = False
         if self.bf16 is None:
@@ -406,6 +414,22 @@ def _pad_multiple(value: int | str | None) -> int | None:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"pad_to_multiple_of={value!r} must be an integer of at least 1, 'auto' or None; try 8.")
     return int(value)
+
+
+def _column_names(value: dict[str, str] | list[str] | str | None) -> dict[str, str] | None:
+    """Return a mapping; the command line passes a list of texts a=b."""
+    pairs = [value] if isinstance(value, str) else value
+    if isinstance(pairs, list) and all(isinstance(pair, str) and "=" in pair for pair in pairs):
+        pairs = dict(pair.split("=", 1) for pair in pairs)
+    if pairs is not None and (
+        not isinstance(pairs, dict)
+        or not all(isinstance(text, str) and text for pair in pairs.items() for text in pair)
+    ):
+        raise ValueError(
+            f"columns={value!r} must map our names of columns to those of the dataset: --columns prompt=instruction on "
+            "the command line, {'prompt': 'instruction'} in Python."
+        )
+    return pairs
 
 
 def _gpu_supports_bf16() -> bool:

@@ -260,6 +260,8 @@ def _train_parser() -> argparse.ArgumentParser:
             action.nargs, action.const = "?", True  # a bare --bf16 means True, although its default is not False
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
+        if action.dest == "columns":
+            action.nargs, action.metavar = "+", "OURS=THEIRS"
         if action.dest == "max_length":
             action.type = _length
     for option in fields(TrainingArguments):

@@ -18,7 +18,7 @@ from dpo_fast.commands.arguments import USAGE, DataArguments, ModelArguments
 
 GROUPS = {
     "model": "model_name_or_path dtype",
-    "data": "dataset_name dataset_config dataset_train_split dataset_test_split max_length",
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split columns max_length",
     "training": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate",
     "loss": "beta loss_type",
     "adapter": "use_peft lora_r lora_alpha lora_target_modules load_in_4bit",
@@ -27,7 +27,7 @@ GROUPS = {
 }
 
 # What stands for a value where the last word of the flag does not say it.
-VALUES = {"max_tokens_per_micro_batch": "TOKENS", "lora_r": "RANK", "report_to": "TRACKER"}
+VALUES = {"max_tokens_per_micro_batch": "TOKENS", "lora_r": "RANK", "report_to": "TRACKER", "columns": "OURS=THEIRS"}
 
 
 class Option(NamedTuple):

@@ -8,10 +8,10 @@
     compared         prompt, completions: [K answers], comparisons: [[winner, loser], …] by index
     tokenized        prompt_ids, chosen_ids, rejected_ids
 
-`tools` and `chat_template_kwargs` reach the chat template of every conversational row. The ranked form turns into all
-comparisons between answers of unequal score. `weight` is a number for all comparisons of a row, `weights` one for each
-of the compared form, and `offset` the margin in reward that the winner of a pair should have. Arrow stores a key that a
-row lacks as None, so None counts as missing.
+`tools` and `chat_template_kwargs` reach the chat template of every conversational row. `system` is said first where a
+conversation has no system message; text becomes a conversation. The ranked form turns into all comparisons between
+answers of unequal score. `weight` is a number for all comparisons of a row, `weights` one for each of the compared
+form, and `offset` the margin in reward that the winner of a pair should have. Rows are as `values.plain` leaves them.
 """
 
 from __future__ import annotations
@@ -80,24 +80,14 @@ class Format:
         return self.required + self.optional
 
 
-def without_none(value: Any) -> Any:
-    """`value` with the None-valued keys of every dict in it removed."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_none(item) for item in value]
-    return value
-
-
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(item, dict) for item in value))
 
 
 def _message(value: Any, column: str) -> Message:
-    value = without_none(value)
-    if isinstance(value, dict) and "role" in value:
+    if isinstance(value, dict) and value.get("role") is not None:
         return value
-    if isinstance(value, dict) and "from" in value:
+    if isinstance(value, dict) and value.get("from") is not None:
         speaker = value["from"]
         if speaker not in ROLES:
             raise InputError(f"column {column!r}: speaker {speaker!r} is unknown; use one of {', '.join(ROLES)}")
@@ -135,12 +125,20 @@ def _template_arguments(row: Row) -> dict[str, Any]:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
             raise InputError(f"column 'tools': not valid JSON ({error}); give a list of JSON schemas") from error
-    else:
-        tools = without_none(tools)
     arguments = row.get("chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, dict):
         raise InputError(f"column 'chat_template_kwargs': expected a dict, got {_shown(arguments)}")
-    return {"tools": tools, **without_none(arguments or {})}
+    return {"tools": tools, **(arguments or {})}
+
+
+def _example(row: Row, prompt: Any, completions: list[Any], comparisons: list[tuple[int, int]], **more: Any) -> Example:
+    """Return an example with what the row holds beside prompt and completions."""
+    if "system" in row:
+        prompt = _messages(prompt, "prompt", role="user")
+        completions = [_messages(completion, "completions") for completion in completions]
+        if row["system"] and not (prompt and prompt[0]["role"] == "system"):
+            prompt = [*_messages(row["system"], "system", role="system"), *prompt]
+    return Example(prompt, completions, comparisons, _template_arguments(row), **more)
 
 
 def _divergence(left: Sequence, right: Sequence) -> int:
@@ -188,15 +186,12 @@ def _read_pair(row: Row) -> Example:
         prompt, completions = _split_prompt(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
     else:
         prompt, completions = _split_prompt(_text(chosen, "chosen"), _text(rejected, "rejected"))
-    return Example(prompt, completions, [(0, 1)], _template_arguments(row))
+    return _example(row, prompt, completions, [(0, 1)])
 
 
 def _read_sharegpt(row: Row) -> Example:
     prompt = _messages(row["conversations"], "conversations", role="user")
-    if row.get("system") and not (prompt and prompt[0]["role"] == "system"):
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    completions = [_messages(row[column], column) for column in ("chosen", "rejected")]
-    return Example(prompt, completions, [(0, 1)], _template_arguments(row))
+    return _example(row, prompt, [_messages(row[column], column) for column in ("chosen", "rejected")], [(0, 1)])
 
 
 def _prompt_and_answers(row: Row) -> tuple[Any, list[Any]]:
@@ -216,7 +211,7 @@ def _read_ranked(row: Row) -> Example:
     if not all(map(is_finite, values)):
         raise InputError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
     scores = values if column == "scores" else [-rank for rank in values]
-    return Example(prompt, completions, comparisons_from_scores(scores), _template_arguments(row), scores=scores)
+    return _example(row, prompt, completions, comparisons_from_scores(scores), scores=scores)
 
 
 def _read_compared(row: Row) -> Example:
@@ -241,7 +236,7 @@ def _read_compared(row: Row) -> Example:
         weights = _one_for_each(row["weights"], "weights", len(comparisons), "comparisons")
         weights = [_weight(weight, "weights") for weight in weights]
     pairs = [(winner, loser) for winner, loser in comparisons]
-    return Example(prompt, completions, pairs, _template_arguments(row), weights=weights)
+    return _example(row, prompt, completions, pairs, weights=weights)
 
 
 def _one_for_each(values: Any, column: str, count: int, what: str) -> list[Any]:
@@ -300,10 +295,10 @@ def _cycle(comparisons: Sequence[Sequence[int]]) -> list[int] | None:
     return [*path[path.index(following) :], following]
 
 
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+_CHAT_COLUMNS = ("system", "tools", "chat_template_kwargs")
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _PAIR_COLUMNS = ("weight", "offset", *_REFERENCE_COLUMNS)
-_RANKED_COLUMNS = ("weight", *_TEMPLATE_COLUMNS)
+_RANKED_COLUMNS = ("weight", *_CHAT_COLUMNS)
 
 _NEEDED = tuple(name for name, column in COLUMNS.items() if column.default is None and not column.optional)
 
@@ -318,11 +313,11 @@ FORMATS = (
     Format(
         "ShareGPT pairs",
         ("conversations", "chosen", "rejected"),
-        ("system", *_TEMPLATE_COLUMNS, *_PAIR_COLUMNS),
+        (*_CHAT_COLUMNS, *_PAIR_COLUMNS),
         _read_sharegpt,
     ),
-    Format("pairs", ("prompt", "chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_PAIR_COLUMNS), _read_pair),
-    Format("pairs with an implicit prompt", ("chosen", "rejected"), (*_TEMPLATE_COLUMNS, *_PAIR_COLUMNS), _read_pair),
+    Format("pairs", ("prompt", "chosen", "rejected"), (*_CHAT_COLUMNS, *_PAIR_COLUMNS), _read_pair),
+    Format("pairs with an implicit prompt", ("chosen", "rejected"), (*_CHAT_COLUMNS, *_PAIR_COLUMNS), _read_pair),
 )
 
 
@@ -351,7 +346,10 @@ def detect_format(columns: Collection[str]) -> Format:
             "with a KTO trainer"
         )
     accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
-    raise InputError(f"dataset: {found}. Rename the columns to one of the accepted formats:{accepted}")
+    raise InputError(
+        f"dataset: {found}. Rename the columns, or map them (--columns chosen=better rejected=worse), to one of the "
+        f"accepted formats:{accepted}"
+    )
 
 
 def _check_ranked(columns: Collection[str], found: str) -> None:

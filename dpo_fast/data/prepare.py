@@ -1,5 +1,6 @@
 """Rows of a dataset or a stream → tokenised preference groups, with an account of what was dropped.
 
+    choose     `column_choice`: which columns are read as which of ours
     read       `formats`: a row of any accepted format → prompt, completions, comparisons
     tokenize   `tokenization`: → whole preference groups
     merge      with group_by_prompt: groups with the same prompt become one, equal completions become one
@@ -17,7 +18,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,14 @@ from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.batches.groups import ComparisonChoice
+from dpo_fast.data.column_choice import choose_columns, described
 from dpo_fast.data.columns import (
     ACCOUNT,
     REFERENCE_FIELDS,
-    column_names,
     group_features,
     tokenized_features,
 )
-from dpo_fast.data.formats import PREPARED, detect_format
+from dpo_fast.data.formats import PREPARED
 from dpo_fast.data.merging import merge_by_prompt
 from dpo_fast.data.tokenization import TokenizeRows
 from dpo_fast.data.truncation import (
@@ -40,6 +42,7 @@ from dpo_fast.data.truncation import (
     TRUNCATION_MODES,
     TruncateRows,
 )
+from dpo_fast.data.values import plain_rows
 from dpo_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,8 @@ class DataSummary:
         dropped: reason → rows dropped. A reason that ends in "in a group that stays" counts single comparisons.
         truncated: completions that exceeded max_length together with their prompt, so that either was cut.
         lost_eos: completions that lost their last end-of-sequence token in that cut.
+        mapped: our names of columns that are read under another name by themselves → their names.
+        ignored: columns that are not read.
         kept: which rows (merged ones, if rows were merged) the groups came from, int64 [groups].
     """
 
@@ -67,7 +72,14 @@ class DataSummary:
     dropped: dict[str, int]
     truncated: int
     lost_eos: int
+    mapped: Mapping[str, str] = field(default_factory=dict, compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
     kept: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_notable(self) -> bool:
+        """Whether rows do not train as they are, or are read in a way that nobody asked for."""
+        return bool(self.dropped or self.truncated or self.mapped)
 
     def __str__(self) -> str:
         made = f"{self.groups} groups, {self.completions} completions, {self.comparisons} comparisons"
@@ -76,7 +88,7 @@ class DataSummary:
             text += f"; dropped: {_listed(self.dropped)}"
         if self.truncated:
             text += f"\n{self.truncated} completions cut to max_length, {self.lost_eos} of them lost their EOS token"
-        return text
+        return "\n".join([text, *described(self.mapped, self.ignored)])
 
 
 def prepare(
@@ -87,6 +99,7 @@ def prepare(
     truncation_mode: str = "keep_start",
     comparisons: ComparisonChoice = "all_pairs",
     group_by_prompt: bool = False,
+    columns: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
@@ -106,6 +119,8 @@ def prepare(
             the rows list and prepared groups stay as given.
         group_by_prompt: merge rows whose prompts have the same tokens. A comparison that occurs twice weighs twice, a
             completion that is scored twice has the mean score. Not for streams.
+        columns: our names of columns → those of the dataset, where they differ. With `prompt` among them, no other
+            column belongs to the prompt; with `system`, rows of text become conversations.
         vocab_size: vocabulary size of the model; a token id beyond it is an error.
         num_proc: number of processes to work in; without effect on a stream.
         name: name of the dataset, for progress bars and messages.
@@ -120,20 +135,22 @@ def prepare(
         InputError: an argument, a column, or a row is not as described, or no row is usable. While a stream is read,
             also a row that was cut although it brings reference log-probs.
     """
-    columns = _check_arguments(dataset, max_length, truncation_mode, comparisons, group_by_prompt, name)
-    source = detect_format(columns)
-    used = [column for column in columns if column in source.columns]
-    rows = dataset.select_columns(used)
+    _check_arguments(dataset, max_length, truncation_mode, comparisons, group_by_prompt, name)
+    rows = plain_rows(dataset)
+    chosen = choose_columns(rows, columns, name)
+    used = list(chosen.names.values())
+    rows = rows.select_columns(used)
     apply = functools.partial(_apply, num_proc=num_proc, name=name)
-    if source is not PREPARED:
-        rows = apply(rows, TokenizeRows(tokenizer, source, name), used, tokenized_features(columns), "Tokenizing")
+    if chosen.format is not PREPARED:
+        features = tokenized_features(chosen.names)
+        rows = apply(rows, TokenizeRows(tokenizer, chosen, name), used, features, "Tokenizing")
         if isinstance(rows, Dataset):
             _warn_of_lost_prompts(list(rows["lost_prompt"]), name)
         rows = rows.remove_columns("lost_prompt")
-    choice = "all_pairs" if source is PREPARED else comparisons
+    choice = "all_pairs" if chosen.format is PREPARED else comparisons
     if group_by_prompt:
         rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
-    features = group_features(rows.column_names or columns)
+    features = group_features(rows.column_names or chosen.names)
     cut = TruncateRows(
         max_length=max_length,
         truncation_mode=truncation_mode,
@@ -144,8 +161,11 @@ def prepare(
     )
     rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")
     if isinstance(rows, IterableDataset):
+        if lines := described(chosen.mapped, chosen.ignored):
+            logger.log(logging.WARNING if chosen.mapped else logging.INFO, "%s stream: %s", name, "\n".join(lines))
         return rows.filter(_is_usable).remove_columns(list(ACCOUNT)), None
-    return _usable(rows, features, len(dataset), max_length, name)
+    groups, summary = _usable(rows, features, len(dataset), max_length, name)
+    return groups, replace(summary, mapped=chosen.mapped, ignored=chosen.ignored)
 
 
 def prepare_dataset(
@@ -167,8 +187,8 @@ def _check_arguments(
     comparisons: str,
     group_by_prompt: bool,
     name: str,
-) -> list[str]:
-    """Refuse arguments that cannot be used; return the names of the dataset's columns."""
+) -> None:
+    """Refuse arguments that cannot be used."""
     if not isinstance(dataset, Dataset | IterableDataset):
         splits = f" with the splits {', '.join(map(str, dataset))}; choose one" if isinstance(dataset, dict) else ""
         raise InputError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}{splits}")
@@ -180,16 +200,8 @@ def _check_arguments(
         raise InputError(
             f"max_length: {max_length} leaves no room for a prompt and a completion; use 2 or more, or None"
         )
-    if isinstance(dataset, Dataset):
-        columns = dataset.column_names if len(dataset) else []
-    elif group_by_prompt:
+    if isinstance(dataset, IterableDataset) and group_by_prompt:
         raise InputError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
-    else:
-        columns = column_names(dataset)
-    if not columns:
-        kind = "dataset" if isinstance(dataset, Dataset) else "stream"
-        raise InputError(f"dataset: the {name} {kind} has no rows; it must have at least one")
-    return columns
 
 
 def _apply(

@@ -16,27 +16,34 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.data import formats
+from dpo_fast.data import formats, values
+from dpo_fast.data.column_choice import ColumnChoice
 from dpo_fast.data.columns import with_defaults
-from dpo_fast.data.formats import Example, Format, Row, row_offset, row_weight
+from dpo_fast.data.formats import Example, Row, row_offset, row_weight
+from dpo_fast.data.values import plain
 from dpo_fast.errors import InputError
 
 # Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
-_CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(formats.__file__).read_bytes()).hexdigest()
+_CODE = hashlib.blake2b(
+    b"".join(Path(f).read_bytes() for f in (__file__, formats.__file__, values.__file__))
+).hexdigest()
 
 
 class TokenizeRows:
-    """A batch of raw rows of one format → the columns of as many whole preference groups.
+    """A batch of raw rows, read by `choice` → the columns of as many whole preference groups.
 
     `lost_prompt` is the text of the prompt's end where it is not part of prompt+completion. An example without a prompt
     comes back without completions, and one without a winner without comparisons.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: Format, name: str):
-        self.tokenizer, self.source, self.name, self.code = tokenizer, source, name, _CODE
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choice: ColumnChoice, name: str):
+        self.tokenizer, self.source, self.name, self.code = tokenizer, choice.format, name, _CODE
+        types = choice.features or {}
+        self.columns = {ours: (theirs, types.get(theirs)) for ours, theirs in choice.names.items()}
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        columns = [[plain(value, kind) for value in batch[theirs]] for theirs, kind in self.columns.values()]
+        rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*columns, strict=True)]
         groups = []
         if self.source.read is None:
             groups = [_group(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]], [(0, 1)]) for row in rows]

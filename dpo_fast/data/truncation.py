@@ -19,6 +19,7 @@ from dpo_fast.batches.groups import ComparisonChoice
 from dpo_fast.data import columns
 from dpo_fast.data.columns import COLUMNS, Row, take, with_defaults
 from dpo_fast.data.formats import is_finite
+from dpo_fast.data.values import plain
 from dpo_fast.errors import InputError
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -157,7 +158,7 @@ class TruncateRows:
         self.name, self.code = name, CODE
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        rows = (dict(zip(batch, map(plain, values), strict=True)) for values in zip(*batch.values(), strict=True))
         results = [self._row(row, index) for row, index in zip(rows, indices, strict=True)]
         return {column: [result[column] for result in results] for column in results[0]}
 

@@ -44,6 +44,7 @@ def prepare_preferences(
         truncation_mode=config.truncation_mode,
         comparisons=config.comparisons,
         group_by_prompt=config.group_by_prompt,
+        columns=config.columns,
         vocab_size=vocab_size,
         num_proc=config.dataset_num_proc,
         name=name,
