@@ -58,7 +58,7 @@ from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
 from dpo_fast.training.activation_memory import activations_fit, largest_pack
 from dpo_fast.training.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
-from dpo_fast.training.datasets import PreferenceDatasets, map_datasets
+from dpo_fast.training.datasets import PreferenceDatasets, check_datasets, map_datasets
 from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
@@ -119,8 +119,7 @@ class DPOTrainer(Trainer):
     ):
         refuse_other_arguments(other_arguments)
         args = config_of(args, model)
-        if train_dataset is None:
-            raise InputError("train_dataset is None; pass a dataset of preferences")
+        check_datasets(train_dataset, eval_dataset, args.columns)
         if ref_model is not None and ref_model is model:
             raise InputError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
         if args.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def _checkpoint(config: DPOConfig) -> str | bool | None:
 
 def make_trainer(arguments: TrainArguments, trainer_class: type[DPOTrainer]) -> DPOTrainer:
     """Load the data and the model, and build the trainer with its reference log-probs."""
-    from dpo_fast.data.formats import detect_format
+    from dpo_fast.training.datasets import check_datasets
 
     data, model, config = arguments.data, arguments.model, arguments.config
     splits = load_splits(arguments)
@@ -82,17 +83,16 @@ def make_trainer(arguments: TrainArguments, trainer_class: type[DPOTrainer]) -> 
     eval_dataset = None
     if config.eval_strategy != "no":
         eval_dataset = choose_split(splits, data.dataset_test_split, "--dataset_test_split")
-    for split in filter(None, (train_dataset, eval_dataset)):
-        if split.column_names:  # a stream may not know them yet
-            detect_format(split.column_names)  # a dataset that cannot be used is refused before a model is loaded
-    return trainer_class(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=model.quantization_config(),
-        peft_config=model.peft_config(),
-    )
+    check_datasets(train_dataset, eval_dataset, config.columns)
+    with without_logged_summaries():  # `print_summaries` says the same
+        return trainer_class(
+            model=model.model_name_or_path,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=model.quantization_config(),
+            peft_config=model.peft_config(),
+        )
 
 
 def load_splits(arguments: TrainArguments) -> Any:
@@ -117,6 +117,18 @@ def print_summaries(trainer: DPOTrainer) -> None:
     if trainer.is_world_process_zero():
         for name, summary in trainer.data_summaries.items():
             print(f"{name}: {summary}")
+
+
+@contextmanager
+def without_logged_summaries() -> Iterator[None]:
+    """Keep what becomes of the rows out of the log, for a command that prints it."""
+    logger = logging.getLogger("dpo_fast.training.datasets")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -6,15 +6,17 @@ rows → `data.prepare` → groups → what the loss cannot use is refused → `
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.data.column_choice import choose_columns
 from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary, prepare
+from dpo_fast.data.values import is_transformed, plain_rows
 from dpo_fast.errors import InputError
 from dpo_fast.losses import SORTED, WITH_OFFSETS, uses
 from dpo_fast.reference.reference import Reference
@@ -22,6 +24,36 @@ from dpo_fast.reference.reference import Reference
 logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any, columns: Mapping[str, str] | None) -> None:
+    """Refuse datasets that cannot be used, as far as that shows before a model is loaded.
+
+    Raises:
+        InputError: a dataset is of another kind, or of columns that cannot be read.
+    """
+    if train_dataset is None:
+        raise InputError("train_dataset is None; pass a dataset of preferences")
+    if isinstance(train_dataset, dict):
+        splits = ", ".join(map(repr, train_dataset))
+        raise InputError(
+            f"train_dataset is a {type(train_dataset).__name__} with the splits {splits}; give one of them, as in "
+            f"train_dataset=splits[{next(iter(train_dataset), 'train')!r}]"
+        )
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in [("train", train_dataset), *held_out.items()]:
+        if isinstance(dataset, dict):
+            raise InputError(
+                f"eval_dataset {name!r} is a {type(dataset).__name__} with the splits {', '.join(map(repr, dataset))}; "
+                "give datasets and streams, by the name of each"
+            )
+        if dataset is not None and not isinstance(dataset, AnyDataset):
+            raise InputError(
+                f"the {name} dataset is a {type(dataset).__name__}; give a datasets.Dataset or a stream, as from "
+                "Dataset.from_list(rows)"
+            )
+        if getattr(dataset, "features", None) is not None and not is_transformed(dataset):
+            choose_columns(dataset.with_format(None), columns, name)
 
 
 def prepare_preferences(
@@ -119,7 +151,8 @@ class PreferenceDatasets:
             )
         if summary is not None:
             self.summaries[name] = summary
-            logger.info("%s: %s", name, summary)
+            if self._config.should_log:
+                logger.log(logging.WARNING if summary.is_notable else logging.INFO, "%s: %s", name, summary)
         return groups
 
     def lacks_reference(self, dataset: AnyDataset) -> bool:
@@ -156,6 +189,7 @@ class PreferenceDatasets:
         Raises:
             InputError: the store lacks reference log-probs of it, and the reference is not kept.
         """
+        dataset = plain_rows(dataset)
         if self.reference is not None and not self.lacks_reference(dataset):
             return dataset
         dataset = self._tokenized(dataset, name)

@@ -20,6 +20,7 @@ from dpo_fast.batches.groups import PreferenceGroup, padded_token_count
 from dpo_fast.commands.demo.model import demo_model
 from dpo_fast.commands.demo.report import DemoResult, draw_picture, print_report
 from dpo_fast.commands.demo.samples import draw_samples, sequence_kl
+from dpo_fast.commands.train import without_logged_summaries
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.trainer import DPOTrainer
@@ -44,13 +45,14 @@ def run(options: argparse.Namespace) -> int:
     )
 
     began = time.perf_counter()
-    trainer = DPOTrainer(
-        name,
-        args=_arguments(output, options.seed),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
+    with without_logged_summaries():
+        trainer = DPOTrainer(
+            name,
+            args=_arguments(output, options.seed),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
     reference_seconds = time.perf_counter() - began
     console.print(f"[bold]train[/bold]: {trainer.data_summaries['train']}", soft_wrap=True)
     sampling = {"per_prompt": SAMPLES_PER_PROMPT, "seed": options.seed}
