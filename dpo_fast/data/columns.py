@@ -61,8 +61,9 @@ COLUMNS = {
 }  # fmt: skip
 REFERENCE_FIELDS = tuple(column.name for column in COLUMNS.values() if column.reference)
 KEY_COLUMNS = ("prompt_ids", "completion_ids", "context_lengths")  # what the keys of the reference store are made of
-# What became of a row when it was cut.
-ACCOUNT = {"truncated": Value("int32"), "lost_eos": Value("int32"), "reasons": List(Value("string"))}
+# What a row was and became when it was cut. Of the first ones the sum over all rows is told.
+COUNTS = ("truncated", "lost_eos", "repeated_bos", "repeated_eos")
+ACCOUNT = {name: Value("int32") for name in COUNTS} | {"reasons": List(Value("string"))}
 WINDOW = 16_384  # rows of a dataset that are in memory together; Arrow's lists hold 2³¹ tokens
 
 

@@ -30,12 +30,15 @@ from dpo_fast.batches.groups import ComparisonChoice
 from dpo_fast.data.column_choice import choose_columns, described
 from dpo_fast.data.columns import (
     ACCOUNT,
+    COUNTS,
     REFERENCE_FIELDS,
+    Row,
     group_features,
     tokenized_features,
 )
 from dpo_fast.data.formats import PREPARED
 from dpo_fast.data.merging import merge_by_prompt
+from dpo_fast.data.special_tokens import CURE
 from dpo_fast.data.tokenization import TokenizeRows
 from dpo_fast.data.truncation import (
     COMPARISON_CHOICES,
@@ -60,6 +63,7 @@ class DataSummary:
         dropped: reason → rows dropped. A reason that ends in "in a group that stays" counts single comparisons.
         truncated: completions that exceeded max_length together with their prompt, so that either was cut.
         lost_eos: completions that lost their last end-of-sequence token in that cut.
+        repeated_bos, repeated_eos: rows that hold the token more often than the tokenizer or the chat template adds it.
         mapped: our names of columns that are read under another name by themselves → their names.
         ignored: columns that are not read.
         kept: which rows (merged ones, if rows were merged) the groups came from, int64 [groups].
@@ -72,6 +76,8 @@ class DataSummary:
     dropped: dict[str, int]
     truncated: int
     lost_eos: int
+    repeated_bos: int = 0
+    repeated_eos: int = 0
     mapped: Mapping[str, str] = field(default_factory=dict, compare=False)
     ignored: tuple[str, ...] = field(default=(), compare=False)
     kept: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -79,7 +85,7 @@ class DataSummary:
     @property
     def is_notable(self) -> bool:
         """Whether rows do not train as they are, or are read in a way that nobody asked for."""
-        return bool(self.dropped or self.truncated or self.mapped)
+        return bool(self.dropped or self.truncated or self.repeated_bos or self.repeated_eos or self.mapped)
 
     def __str__(self) -> str:
         made = f"{self.groups} groups, {self.completions} completions, {self.comparisons} comparisons"
@@ -88,6 +94,9 @@ class DataSummary:
             text += f"; dropped: {_listed(self.dropped)}"
         if self.truncated:
             text += f"\n{self.truncated} completions cut to max_length, {self.lost_eos} of them lost their EOS token"
+        for token, count in (("BOS", self.repeated_bos), ("EOS", self.repeated_eos)):
+            if count:
+                text += f"\n{count} rows hold the {token} token {CURE}"
         return "\n".join([text, *described(self.mapped, self.ignored)])
 
 
@@ -156,14 +165,14 @@ def prepare(
         truncation_mode=truncation_mode,
         comparisons=choice,
         vocab_size=vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
+        tokenizer=tokenizer,
         name=name,
     )
     rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")
     if isinstance(rows, IterableDataset):
         if lines := described(chosen.mapped, chosen.ignored):
             logger.log(logging.WARNING if chosen.mapped else logging.INFO, "%s stream: %s", name, "\n".join(lines))
-        return rows.filter(_is_usable).remove_columns(list(ACCOUNT)), None
+        return rows.filter(_Usable(name)).remove_columns(list(ACCOUNT)), None
     groups, summary = _usable(rows, features, len(dataset), max_length, name)
     return groups, replace(summary, mapped=chosen.mapped, ignored=chosen.ignored)
 
@@ -262,7 +271,7 @@ def _usable(
 def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
     """The summary, and the rows that hold a group."""
     table = truncated.select_columns(["completion_ids", "comparisons", *ACCOUNT]).with_format("arrow")
-    counts = {"completion_ids": 0, "comparisons": 0, "truncated": 0, "lost_eos": 0}
+    counts = dict.fromkeys(("completion_ids", "comparisons", *COUNTS), 0)
     kept: list[int] = []
     reasons: Counter[str] = Counter()
     start = 0
@@ -271,7 +280,7 @@ def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
         kept += (np.flatnonzero(comparisons) + start).tolist()
         counts["comparisons"] += int(comparisons.sum())
         counts["completion_ids"] += int(batch["completion_ids"].combine_chunks().value_lengths().to_numpy().sum())
-        for column in ("truncated", "lost_eos"):
+        for column in COUNTS:
             counts[column] += int(batch[column].to_numpy().sum())
         reasons.update(reason for row in batch["reasons"].to_pylist() for reason in row)
         start += len(batch)
@@ -281,8 +290,7 @@ def _account(truncated: Dataset, rows: int) -> tuple[DataSummary, list[int]]:
         completions=counts["completion_ids"],
         comparisons=counts["comparisons"],
         dropped=dict(reasons),
-        truncated=counts["truncated"],
-        lost_eos=counts["lost_eos"],
+        **{name: counts[name] for name in COUNTS},
         kept=np.array(kept, np.int64),
     )
     return summary, kept
@@ -292,11 +300,21 @@ def _listed(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
 
 
-def _is_usable(row: dict[str, Any]) -> bool:
-    supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
-    if row["comparisons"] and row["truncated"] and supplied:
-        raise InputError(
-            "ref_chosen_logps: a row of the stream was cut to max_length, and its reference log-probs are those of the "
-            "whole; raise max_length, or leave the columns out to have them computed"
-        )
-    return bool(row["comparisons"])
+class _Usable:
+    """Whether a row of a stream holds a group; says once that text brings along what is added to it."""
+
+    def __init__(self, name: str):
+        self.name, self.said = name, False
+
+    def __call__(self, row: Row) -> bool:
+        supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
+        if row["comparisons"] and row["truncated"] and supplied:
+            raise InputError(
+                "ref_chosen_logps: a row of the stream was cut to max_length, and its reference log-probs are those of "
+                "the whole; raise max_length, or leave the columns out to have them computed"
+            )
+        repeated = [token for token in ("BOS", "EOS") if row[f"repeated_{token.lower()}"]]
+        if repeated and not self.said:
+            self.said = True
+            logger.warning("%s stream: a row holds the %s token %s", self.name, " and the ".join(repeated), CURE)
+        return bool(row["comparisons"])

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.data import columns
-from dpo_fast.data.columns import COLUMNS, Row, take, with_defaults
+from dpo_fast.data import columns, special_tokens
+from dpo_fast.data.columns import COLUMNS, COUNTS, Row, take, with_defaults
 from dpo_fast.data.formats import is_finite
+from dpo_fast.data.special_tokens import repeats_bos, repeats_eos
 from dpo_fast.data.values import plain
 from dpo_fast.errors import InputError
 
@@ -35,7 +37,9 @@ NO_WEIGHT = "no weight"
 STAYS = ", in a group that stays"
 
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
-CODE = hashlib.blake2b(Path(__file__).read_bytes() + Path(columns.__file__).read_bytes()).hexdigest()
+CODE = hashlib.blake2b(
+    b"".join(Path(file).read_bytes() for file in (__file__, columns.__file__, special_tokens.__file__))
+).hexdigest()
 
 
 def checked_group(row: Row, where: str) -> Row:
@@ -150,11 +154,11 @@ class TruncateRows:
         truncation_mode: str,
         comparisons: ComparisonChoice,
         vocab_size: int | None,
-        eos_token_id: int | None,
+        tokenizer: PreTrainedTokenizerBase,
         name: str,
     ):
         self.max_length, self.truncation_mode, self.comparisons = max_length, truncation_mode, comparisons
-        self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
+        self.vocab_size, self.tokenizer = vocab_size, tokenizer
         self.name, self.code = name, CODE
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -185,12 +189,17 @@ class TruncateRows:
             cut = len(prompt) + len(before) - len(group["prompt_ids"]) - len(ids)
             truncated += cut > 0
             if cut and self.truncation_mode == "keep_start":
-                lost_eos += self.eos_token_id in before[len(ids) :]
-        account = {"truncated": truncated, "lost_eos": lost_eos, "reasons": [reason + STAYS for reason in reasons]}
+                lost_eos += self.tokenizer.eos_token_id in before[len(ids) :]
+        repeated_bos = repeats_bos(prompt, whole["completion_ids"], self.tokenizer)
+        counts = truncated, lost_eos, repeated_bos, repeats_eos(whole["completion_ids"], self.tokenizer)
+        account = {
+            **dict(zip(COUNTS, map(int, counts), strict=True)),
+            "reasons": [reason + STAYS for reason in reasons],
+        }
         return {**group, **account}
 
     def _dropped(self, group: Row, reason: str) -> Row:
-        return {**{name: [] for name in group}, "truncated": 0, "lost_eos": 0, "reasons": [reason]}
+        return {**{name: [] for name in group}, **dict.fromkeys(COUNTS, 0), "reasons": [reason]}
 
     def _check_vocabulary(self, group: Row, where: str) -> None:
         for ids in (group["prompt_ids"], *group["completion_ids"]):
