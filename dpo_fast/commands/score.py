@@ -53,7 +53,9 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
 
     from dpo_fast.model.loading import load_model
     from dpo_fast.scoring import implicit_rewards
+    from dpo_fast.training.datasets import check_datasets
 
+    check_datasets(dataset, None, arguments.config.columns)
     config, name = arguments.config, arguments.model.model_name_or_path
     quantization = arguments.model.quantization_config()
     model = load_model(name, config, quantization)
