@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
-_SHORT = (12, (9, 13)), (5, (4, 6, 1))  # prompt and completions of the groups that always run
+_SHORT = (12, (9, 13)), (5, (4,))  # prompt and completions of the groups that always run
 _BEYOND = (8, 11)  # completions of the group that reaches past a limit, after a prompt that does not quite
 _FLOPS, _TOKENS = {"cpu": 3e10}, {"cpu": 1024}  # of such a group; elsewhere 1e13 and 4200, for attention takes T²
 _FAR = 2**15  # tokens of the longest sequence, where nothing bounds it
@@ -194,13 +194,12 @@ class _Probe:
         self.exact = _is_exact(model)
         self.autocast = contextlib.nullcontext if self.exact else autocast
         self._weights = _some_weights(model) if gradients and not is_sharded(model) else {}
+        self.own_logits: list[Tensor] = []  # of every sequence
 
     @functools.cached_property
     def truth(self) -> _Found:
         """What the model itself says, by its own attention, of every sequence alone."""
-        base = base_of(self.model)
-        eager = attending_by(base, "eager") if base._can_set_attn_implementation() else contextlib.nullcontext()
-        with eager, torch.set_grad_enabled(bool(self._weights)):
+        with self._by_its_own_attention(), torch.set_grad_enabled(bool(self._weights)):
             logps = torch.cat([self._alone(group, ids) for group in self.groups for ids in group.completion_ids])
             return self._found(logps, self._own_aux_loss() if self._aux_loss else None)
 
@@ -208,12 +207,23 @@ class _Probe:
         """Return what the model says of one sequence."""
         forget_lengths(self.model)
         with self.autocast():
-            return self.model(input_ids=self._tokens([ids]), use_cache=False).logits[0]
+            return self.model(input_ids=self._tokens([ids]), use_cache=False, return_dict=True).logits[0]
 
     def _alone(self, group: PreferenceGroup, completion: Sequence[int]) -> Tensor:
-        targets = self._tokens(completion)
-        rows = self.logits([*group.prompt_ids, *completion])[len(group.prompt_ids) - 1 : -1].float()
+        targets, logits = self._tokens(completion), self.logits([*group.prompt_ids, *completion])
+        self.own_logits.append(logits.detach())
+        rows = logits[len(group.prompt_ids) - 1 : -1].float()
         return rows.log_softmax(-1).gather(1, targets.to(rows.device)[:, None])[:, 0]
+
+    @torch.no_grad()
+    def again(self) -> Tensor:  # [L, V]
+        """Return what the model says of the first sequence in another run."""
+        with self._by_its_own_attention():
+            return self.logits([*self.groups[0].prompt_ids, *self.groups[0].completion_ids[0]])
+
+    def _by_its_own_attention(self) -> contextlib.AbstractContextManager[None]:
+        base = base_of(self.model)
+        return attending_by(base, "eager") if base._can_set_attn_implementation() else contextlib.nullcontext()
 
     def packed(self, layout: Layout) -> _Found:
         """Return what packed batches in `layout` say."""
@@ -230,12 +240,12 @@ class _Probe:
                 (logps * coefficients).sum(), self._weights.values(), allow_unused=True, materialize_grads=True
             )
             gradients = dict(zip(self._weights, values, strict=True))
-        return _Found(logps.detach().float(), gradients, aux_loss if isinstance(aux_loss, Tensor) else None)
+        return _Found(logps.detach().float(), gradients, aux_loss.detach() if isinstance(aux_loss, Tensor) else None)
 
     @torch.no_grad()
     def _own_aux_loss(self) -> Tensor | None:
         packed = pack(self.groups, "padded").to(self._device)
-        inputs = {"input_ids": packed.input_ids, "attention_mask": packed.attention_mask}
+        inputs = {"input_ids": packed.input_ids, "attention_mask": packed.attention_mask, "return_dict": True}
         with self.autocast():
             return getattr(self.model(**inputs, use_cache=False, output_router_logits=True), "aux_loss", None)
 
@@ -256,7 +266,10 @@ def _is_exact(model: nn.Module) -> bool:
 
 def _some_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the first and the last two weights that train and are not too large."""
+    ends = [base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings()]
+    ends = {id(weight) for end in ends for weight in end.parameters()}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: weight for name, weight in trained.items() if id(weight) not in ends} or trained
     small = [name for name, weight in trained.items() if weight.numel() <= 2**25]
     names = {*small[:2], *small[-2:]} or set(sorted(trained, key=lambda name: trained[name].numel())[:1])
     return {name: trained[name] for name in names}
@@ -267,14 +280,15 @@ def _groups_of(base: PreTrainedModel, max_length: float) -> list[list[Preference
     config = base.config.get_text_config()
     special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
     known = min(vocabulary_size(base), getattr(config, "vocab_size", None) or 10_000, 10_000)
-    vocabulary = [token for token in range(known) if token not in special]
     generator = torch.Generator().manual_seed(0)
+    usual = [token for token in range(known) if token not in special]
+    vocabulary = [usual[index] for index in torch.randperm(len(usual), generator=generator)[:12]]  # tokens come again
 
     def group(prompt: int, completions: Sequence[int]) -> PreferenceGroup:
         picked = torch.randint(len(vocabulary), (prompt + sum(completions),), generator=generator).tolist()
         parts = torch.tensor([vocabulary[index] for index in picked]).split([prompt, *completions])
         ids = [part.tolist() for part in parts]
-        return PreferenceGroup(ids[0], ids[1:])
+        return PreferenceGroup(ids[0], ids[1:], (), ())
 
     short = [group(*lengths) for lengths in _SHORT]
     longest = max(prompt + max(completions) for prompt, completions in _SHORT)
@@ -320,24 +334,22 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
 def _refuse_unusable(probe: _Probe, training: bool) -> None:
     """Refuse a model that does not run on tokens alone, that is random, or whose log-probs depend on later tokens."""
     name = type(base_of(probe.model)).__name__
-    group = probe.groups[0]
-    sequences = [[*group.prompt_ids, *ids] for ids in group.completion_ids]
     try:
-        with torch.no_grad():
-            one, again, other = (probe.logits(ids).float() for ids in (sequences[0], sequences[0], sequences[1]))
+        probe.truth  # noqa: B018 (computed here)
     except Exception as error:
         raise InputError(
             f"model: {name} does not run on tokens alone ({type(error).__name__}: {error}); give a causal language "
             "model"
         ) from error
-    if _off(one, again, probe.exact) is not None:
-        path, module = first_random_module(probe.model, lambda: probe.logits(sequences[0]))
+    one, other, again = probe.own_logits[0], probe.own_logits[1], probe.again()
+    if _off(again, one, probe.exact) is not None:
+        path, module = first_random_module(probe.model, probe.again)
         cure = "set its rate to 0, in the model's configuration too, or give disable_dropout=False"
         raise InputError(
             f"model: {path} ({type(module).__name__}) is random, although every rate that was found is 0; "
             f"{cure if training else 'its log-probs would be one draw of many'}"
         )
-    prompt = len(group.prompt_ids)
+    prompt = len(probe.groups[0].prompt_ids)
     if _off(one[:prompt], other[:prompt], probe.exact) is not None:
         raise InputError(
             f"model: {name} looks at later tokens, so it is no causal language model; set is_decoder=True in its "

@@ -39,7 +39,7 @@ def _attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: returns ([1, T, Hq, Dv], None)."""
-    if (look := _look.get()) is not None:
+    if prefix is None and (look := _look.get()) is not None:
         look.compare(module, attention_mask, sliding_window)
     if prefix is None and softcap is not None:  # which SDPA would leave out
         return _softcapped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap), None

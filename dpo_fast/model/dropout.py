@@ -42,8 +42,8 @@ def first_random_module(model: nn.Module, run: Callable[[], object]) -> tuple[st
         for handle in handles:
             handle.remove()
     for (name, module, given, one), (_, _, given_again, other) in zip(*runs, strict=False):
-        alike = given is given_again or (given is not None and torch.equal(given, given_again))
-        if one is not None and alike and not torch.equal(one, other):
+        alike = given is None or given_again is None or torch.equal(given, given_again)
+        if one is not None and other is not None and alike and not torch.equal(one, other):
             return name, module
     return "", model
 

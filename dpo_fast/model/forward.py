@@ -105,31 +105,32 @@ def add_dpo_forward(model: PreTrainedModel) -> None:
     model.dpo_fast = ModelState(model.forward, read_head(model), frequency_limit(model))
 
     @functools.wraps(getattr(model.forward, "__func__", model.forward))
-    def forward(self, *args, packed: PackedBatch | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        packed: PackedBatch | None = None,
+        statistics: Collection[str] = (),
+        aux_loss: bool = False,
+        loss: SequenceLoss | None = None,
+        loss_inputs: Sequence[Tensor] = (),
+        **kwargs,
+    ):
         if packed is None:
             return self.dpo_fast.forward(*args, **kwargs)
-        return _packed_forward(self, packed, **kwargs)
+        return _packed_forward(self, packed, aux_loss, _Scoring(packed, statistics, loss, loss_inputs))
 
     model.forward = types.MethodType(forward, model)
 
 
-def _packed_forward(
-    model: PreTrainedModel,
-    packed: PackedBatch,
-    statistics: Collection[str] = (),
-    aux_loss: bool = False,
-    loss: SequenceLoss | None = None,
-    loss_inputs: Sequence[Tensor] = (),
-) -> PackedOutput:
+def _packed_forward(model: PreTrainedModel, packed: PackedBatch, aux_loss: bool, score: _Scoring) -> PackedOutput:
     _check_packed(model, packed)
     if (check := model.dpo_fast.late_check) is not None:
         model.dpo_fast.late_check = None
         check(model)
     longer = packed.longest > model.dpo_fast.frequency_limit
-    arguments = {"use_cache": False, **({"output_router_logits": True} if aux_loss else {})}
+    arguments = {"use_cache": False, "return_dict": True, **({"output_router_logits": True} if aux_loss else {})}
     arguments |= _inputs_of(packed, with_positions=longer)
     heads, form = linear_heads(model), model.dpo_fast.head_form
-    score = _Scoring(packed, statistics, loss, loss_inputs)
     with own_frequencies(model) if longer else contextlib.nullcontext():
         if form is None or not heads:
             body = model.dpo_fast.forward(**arguments)

@@ -118,7 +118,7 @@ def _run_on_stubs(model: PreTrainedModel, decoder: nn.Module) -> tuple[float | N
         replaced.enter_context(runs_instead(decoder, lambda *_, **__: _StubbedOutput(last_hidden_state=hidden)))
         replaced.enter_context(runs_instead(head, say_products))
         try:
-            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False, return_dict=True).logits
         except Exception:  # a forward that needs more than the decoder's output
             return None, products
     if len(read) != 1 or read[0].shape != hidden.shape or logits.shape != products.shape:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.losses import LOSSES
+from dpo_fast.model import agreement
 from dpo_fast.model.forward import PackedOutput
 from families import VOCAB, tiny_model
 from preferences import assert_same_weights, logged, make_trainer, pairs, ranked, trained, words
@@ -85,12 +86,20 @@ def test_resume_is_exact(tmp_path, loss_type):
 
 
 def count_forwards(trainer_module, monkeypatch) -> list:
-    """Packed forwards from here on, without those of the audit."""
+    """Packed forwards from here on, without those of the audit and of the comparison with the model's own logits."""
     calls = []
     monkeypatch.setattr("dpo_fast.reference.reference.audit", lambda *args, **options: None)
-    monkeypatch.setattr("dpo_fast.trainer.refuse_randomness", lambda *args: None)  # which runs a few tokens
-    original = trainer_module._packed_forward
+    original, compare = trainer_module._packed_forward, agreement._difference
     monkeypatch.setattr(trainer_module, "_packed_forward", lambda *args: calls.append(args) or original(*args))
+
+    def compare_uncounted(*args):
+        before = list(calls)
+        try:
+            return compare(*args)
+        finally:
+            calls[:] = before
+
+    monkeypatch.setattr(agreement, "_difference", compare_uncounted)
     return calls
 
 
