@@ -77,6 +77,13 @@ class DPOConfig(TrainingArguments):
             "On the command line a JSON object."
         },
     )
+    allow_missing_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Load a model by name although its checkpoint, or its adapter's folder, lacks weights or holds "
+            "others: they are random, or left out. Off, such a model is refused."
+        },
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Allow models and tokenizers that bring their own Python code from the Hub."},

@@ -126,9 +126,11 @@ class DPOTrainer(Trainer):
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
         fingerprint = weights_memo(model, args.model_init_kwargs, quantization_config, peft_config is not None)
+        if args.allow_missing_weights:
+            fingerprint = weights_fingerprint  # random weights are not those of another run with the same files
         given, model = model, load_model(model, args, quantization_config)
         if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, args, quantization_config)
+            ref_model = load_model(ref_model, args, quantization_config, "ref_model")
         processing_class = tokenizer_of(processing_class, given, model, args)
         self._datasets = self._datasets_class(
             args,

@@ -43,7 +43,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.output is not None and Path(options.output).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output {options.output}: give a name that ends in .jsonl or .parquet.")
     if options.ref_model is not None:
-        check_model_path(options.ref_model)
+        check_model_path(options.ref_model, name="ref_model")
 
 
 def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) -> int:
@@ -59,7 +59,7 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
     config, name = arguments.config, arguments.model.model_name_or_path
     quantization = arguments.model.quantization_config()
     model = load_model(name, config, quantization)
-    ref_model = None if options.ref_model is None else load_model(options.ref_model, config, quantization)
+    ref_model = options.ref_model and load_model(options.ref_model, config, quantization, "ref_model")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     found = implicit_rewards(model, dataset, tokenizer, config, ref_model, name=options.split)
     if PartialState().is_main_process:

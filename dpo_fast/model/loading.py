@@ -8,75 +8,77 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_fast.config import DPOConfig, tensor_parallel_refusal
 from dpo_fast.data.loading import looks_local
 from dpo_fast.model.adapters import quiet_peft
+from dpo_fast.model.checkpoint_weights import load_whole_adapter, load_whole_model
 
 
 def load_model(
-    model: str | PreTrainedModel | nn.Module, args: DPOConfig, quantization_config: Any | None
+    model: str | PreTrainedModel | nn.Module, args: DPOConfig, quantization_config: Any | None, name: str = "model"
 ) -> PreTrainedModel:
     """Return `model`, loaded when it is a name or path of a model or an adapter.
 
-    Weights are in fp32 unless `args.model_init_kwargs` has a dtype.
+    Weights are in fp32 unless `args.model_init_kwargs` has a dtype. `name` is the argument's, for messages.
 
     Raises:
         ValueError: options for loading beside a loaded model, a tensor-parallel model, or a path that does not hold a
-            model.
+            model, or not all of its weights.
     """
     options = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
         if options or quantization_config is not None:
             given = "quantization_config" if quantization_config is not None else "args.model_init_kwargs"
-            raise ValueError(f"{given} is for loading a model by name, but model is a loaded {type(model).__name__}")
+            raise ValueError(f"{given} is for loading a model by name, but {name} is a loaded {type(model).__name__}")
         if (size := getattr(model, "tp_size", None) or 1) > 1:
-            raise ValueError(tensor_parallel_refusal(f"model.tp_size={size}"))
+            raise ValueError(tensor_parallel_refusal(f"{name}.tp_size={size}"))
         return model
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError("quantization_config is given twice, also in args.model_init_kwargs; keep one")
         options["quantization_config"] = quantization_config
-    for name in ("tp_plan", "tp_size", "distributed_config"):
-        if options.get(name) not in (None, 1):
-            raise ValueError(tensor_parallel_refusal(f"model_init_kwargs[{name!r}]={options[name]!r}"))
-    check_model_path(model, options)
+    for option in ("tp_plan", "tp_size", "distributed_config"):
+        if options.get(option) not in (None, 1):
+            raise ValueError(tensor_parallel_refusal(f"model_init_kwargs[{option!r}]={options[option]!r}"))
+    check_model_path(model, options, name)
     path = Path(model).expanduser()
     if (path / "adapter_config.json").is_file():
-        return _load_adapter(path, args, quantization_config)
+        return _load_adapter(path, args, quantization_config, name)
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
         options["dtype"] = getattr(torch, options["dtype"])
     options.setdefault("dtype", torch.float32)
     options.setdefault("trust_remote_code", args.trust_remote_code)
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         options["device_map"] = None
-    return AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else model, **options)
+    return load_whole_model(str(path) if path.exists() else model, options, name, args.allow_missing_weights)
 
 
-def _load_adapter(path: Path, args: DPOConfig, quantization_config: Any | None) -> nn.Module:
+def _load_adapter(path: Path, args: DPOConfig, quantization_config: Any | None, name: str) -> nn.Module:
     """Return the model that an adapter was trained on, loaded like any other, with the adapter in place."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
-    name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not name:
-        raise ValueError(f"model={str(path)!r} holds an adapter that does not name its model; give a loaded PeftModel")
-    base = load_model(name, args, quantization_config)
+    base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{name}={str(path)!r} holds an adapter that does not name its model; give a loaded PeftModel")
+    model = load_model(base, args, quantization_config, name)
     with quiet_peft():
-        return PeftModel.from_pretrained(base, str(path), is_trainable=True)
+        return load_whole_adapter(model, path, name, args.allow_missing_weights)
 
 
-def check_model_path(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Raises ValueError when `name` is meant as a folder and is none that a model can be loaded from.
+def check_model_path(model: str, options: Mapping[str, Any] | None = None, name: str = "model") -> None:
+    """Raises ValueError when `model` is meant as a folder and is none that a model can be loaded from.
 
     `options` are the keyword arguments for loading; with `gguf_file` the folder holds that file instead of a config.
+    `name` is the argument's, for messages.
     """
-    path = Path(name).expanduser()
+    path = Path(model).expanduser()
     wanted = [gguf] if (gguf := (options or {}).get("gguf_file")) else ["config.json", "adapter_config.json"]
     if path.exists() and not any((path / file).is_file() for file in wanted):
-        raise ValueError(f"model={name!r} holds no {wanted[0]}; give the folder that a model was saved to")
-    if not path.exists() and looks_local(name):
-        raise ValueError(f"model={name!r} does not exist; give a folder, or a model on the Hub as owner/name")
+        raise ValueError(f"{name}={model!r} holds no {wanted[0]}; give the folder that a model was saved to")
+    if not path.exists() and looks_local(model):
+        raise ValueError(f"{name}={model!r} does not exist; give a folder, or a model on the Hub as owner/name")
 
 
 def vocabulary_size(model: nn.Module) -> int:
