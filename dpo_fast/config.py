@@ -107,7 +107,10 @@ class DPOConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Most tokens of prompt and completion together; longer ones are cut. None cuts nothing."},
+        metadata={
+            "help": "Most tokens of prompt and completion together; longer ones are cut. None cuts nothing. At most as "
+            "many as a model with learned positions (GPT-2, OPT, …) has."
+        },
     )
     truncation_mode: TruncationMode = field(
         default="keep_start",

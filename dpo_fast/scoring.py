@@ -22,6 +22,7 @@ from dpo_fast.data.prepare import DataSummary
 from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.loading import vocabulary_size
+from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.reference import Reference
 from dpo_fast.training.datasets import prepare_preferences
 
@@ -90,8 +91,8 @@ def implicit_rewards(
         )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
-    vocab_size = vocabulary_size(model)
-    groups, summary = prepare_preferences(dataset, tokenizer, config, vocab_size=vocab_size, name=name)
+    limits = {"vocab_size": vocabulary_size(model), "positions": most_positions(model, ref_model)}
+    groups, summary = prepare_preferences(dataset, tokenizer, config, **limits, name=name)
     groups = groups.remove_columns([column for column in REFERENCE_FIELDS if column in groups.features])
     logps, ref_logps = (
         _log_probs(scored, groups, config, accelerator, adapters=adapters, name=f"{name} ({role})")

@@ -52,6 +52,7 @@ from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput
 from dpo_fast.model.loading import aux_loss_weight, check_reference, load_model, vocabulary_size
+from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
@@ -136,6 +137,7 @@ class DPOTrainer(Trainer):
             args,
             processing_class,
             vocabulary_size(model),
+            positions=most_positions(model, ref_model),
             own_reference=ref_model is not None,
         )
         train_dataset = self._datasets.tokenized(train_dataset, "train")

@@ -110,6 +110,7 @@ def prepare(
     group_by_prompt: bool = False,
     columns: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
+    positions: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, DataSummary | None]:
@@ -131,6 +132,8 @@ def prepare(
         columns: our names of columns → those of the dataset, where they differ. With `prompt` among them, no other
             column belongs to the prompt; with `system`, rows of text become conversations.
         vocab_size: vocabulary size of the model; a token id beyond it is an error.
+        positions: most tokens that the model has positions for; a `max_length` beyond it, or a row without a
+            `max_length`, is an error. None where nothing bounds them.
         num_proc: number of processes to work in; without effect on a stream.
         name: name of the dataset, for progress bars and messages.
 
@@ -145,6 +148,11 @@ def prepare(
             also a row that was cut although it brings reference log-probs.
     """
     _check_arguments(dataset, max_length, truncation_mode, comparisons, group_by_prompt, name)
+    if positions is not None and max_length is not None and max_length > positions:
+        raise InputError(
+            f"max_length: {max_length} exceeds the {positions} positions that the model has learned; set "
+            f"max_length={positions} or less"
+        )
     rows = plain_rows(dataset)
     chosen = choose_columns(rows, columns, name)
     used = list(chosen.names.values())
@@ -165,6 +173,7 @@ def prepare(
         truncation_mode=truncation_mode,
         comparisons=choice,
         vocab_size=vocab_size,
+        positions=positions,
         tokenizer=tokenizer,
         name=name,
     )

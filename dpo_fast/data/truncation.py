@@ -154,11 +154,12 @@ class TruncateRows:
         truncation_mode: str,
         comparisons: ComparisonChoice,
         vocab_size: int | None,
+        positions: int | None,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
     ):
         self.max_length, self.truncation_mode, self.comparisons = max_length, truncation_mode, comparisons
-        self.vocab_size, self.tokenizer = vocab_size, tokenizer
+        self.vocab_size, self.positions, self.tokenizer = vocab_size, positions, tokenizer
         self.name, self.code = name, CODE
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -182,6 +183,7 @@ class TruncateRows:
             return self._dropped(whole, reasons[0])
         if not np.asarray(group["comparison_weights"], np.float32).any():
             return self._dropped(whole, NO_WEIGHT)
+        self._check_length(group, where)
 
         truncated = lost_eos = 0
         for k, ids in zip(used, group["completion_ids"], strict=True):
@@ -200,6 +202,14 @@ class TruncateRows:
 
     def _dropped(self, group: Row, reason: str) -> Row:
         return {**{name: [] for name in group}, **dict.fromkeys(COUNTS, 0), "reasons": [reason]}
+
+    def _check_length(self, group: Row, where: str) -> None:
+        length = len(group["prompt_ids"]) + max(map(len, group["completion_ids"]))
+        if self.positions is not None and length > self.positions:
+            raise InputError(
+                f"max_length: {self.max_length} cuts nothing, and the {length} tokens of {where} exceed the "
+                f"{self.positions} positions that the model has learned; set max_length={self.positions} or less"
+            )
 
     def _check_vocabulary(self, group: Row, where: str) -> None:
         for ids in (group["prompt_ids"], *group["completion_ids"]):

@@ -62,6 +62,7 @@ def prepare_preferences(
     config: DPOConfig,
     *,
     vocab_size: int | None,
+    positions: int | None = None,
     name: str,
 ) -> tuple[AnyDataset, DataSummary | None]:
     """Return the groups of a dataset or a stream, and what became of the rows: None for a stream.
@@ -78,6 +79,7 @@ def prepare_preferences(
         group_by_prompt=config.group_by_prompt,
         columns=config.columns,
         vocab_size=vocab_size,
+        positions=positions,
         num_proc=config.dataset_num_proc,
         name=name,
     )
@@ -116,6 +118,7 @@ class PreferenceDatasets:
         config: the options of the run.
         tokenizer: the model's.
         vocab_size: vocabulary size of the model; an attribute too.
+        positions: most tokens that model and reference have positions for; None where nothing bounds them.
         own_reference: whether the reference is a model of its own, which is released after its pass.
 
     Attributes:
@@ -130,13 +133,14 @@ class PreferenceDatasets:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         *,
+        positions: int | None = None,
         own_reference: bool,
     ):
         self.summaries: dict[str, DataSummary] = {}
         self.has_streams = False
         self.reference: Reference | None = None
         self.vocab_size = vocab_size
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._positions = config, tokenizer, positions
         self._own_reference = own_reference
 
     def tokenized(self, dataset: AnyDataset, name: str) -> AnyDataset:
@@ -147,7 +151,12 @@ class PreferenceDatasets:
     def _tokenized(self, dataset: AnyDataset, name: str) -> AnyDataset:
         with self._config.main_process_first(local=True, desc=f"tokenizing {name}"):
             groups, summary = prepare_preferences(
-                dataset, self._tokenizer, self._config, vocab_size=self.vocab_size, name=name
+                dataset,
+                self._tokenizer,
+                self._config,
+                vocab_size=self.vocab_size,
+                positions=self._positions,
+                name=name,
             )
         if summary is not None:
             self.summaries[name] = summary
