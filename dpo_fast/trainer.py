@@ -30,7 +30,6 @@ from transformers import (
     ProcessorMixin,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -57,7 +56,7 @@ from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
 from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
 from dpo_fast.training.activation_memory import activations_fit, largest_pack
-from dpo_fast.training.checkpoints import STATE_FILE, check_checkpoint, find_checkpoint, reopen_checkpoint
+from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.training.datasets import PreferenceDatasets, check_datasets, map_datasets
 from dpo_fast.training.group_cost import GroupCost, group_lengths
@@ -256,8 +255,6 @@ class DPOTrainer(Trainer):
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
             check_checkpoint(self.model, folder, self.accelerator)
-            if self._running_margin is not None:
-                self._running_margin.load(TrainerState.load_from_json(str(Path(folder) / STATE_FILE)))
         if self.args.recompute_where_needed:
             self.args.gradient_checkpointing = self.args.activation_checkpointing = self._must_recompute()
             let_recompute(self.accelerator.unwrap_model(self.model), self.args)
@@ -265,6 +262,15 @@ class DPOTrainer(Trainer):
             return super().train(folder, *args, **kwargs)
         finally:
             self._datasets.save_references()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Begin the log anew, also for `auto_find_batch_size`, which comes again after an attempt without memory."""
+        self._metrics["train"].clear()
+        self._balances.clear()
+        self._new_tokens = self.current_flos = 0
+        if self._running_margin is not None:
+            self._running_margin.begin(kwargs.get("resume_from_checkpoint"))
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _must_recompute(self) -> bool:
         """Whether activations of the largest pack do not fit, or an engine has yet to say what memory it leaves."""

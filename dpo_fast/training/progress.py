@@ -73,7 +73,7 @@ class TrainingProgress(ProgressCallback, PrinterCallback):
         self._updated = -_SECONDS_BETWEEN_UPDATES  # when the line below the table was written
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._pace = _Pace(state, self._clock)
+        self._pace, self._evaluated = _Pace(state, self._clock), 0
         if self._console is not None and state.is_world_process_zero:
             self._console.print(_table(self._console.width, header=True))
             self._has_header = True

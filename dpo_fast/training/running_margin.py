@@ -7,9 +7,13 @@ It stays on the device and is read back only into checkpoints.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import TrainerState
+
+from dpo_fast.training.checkpoints import STATE_FILE
 
 DECAY = 0.9
 _STATE = "RunningMargin"
@@ -37,6 +41,11 @@ class RunningMargin:
 
     def save(self, state: TrainerState) -> None:
         state.stateful_callbacks[_STATE] = {"args": {}, "attributes": {"mean": self.mean.item()}}
+
+    def begin(self, checkpoint: str | None) -> None:
+        """Begins a training: from 0, or where the one of a checkpoint's folder was."""
+        self._step.zero_()
+        self.load(TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE))) if checkpoint else TrainerState())
 
     def load(self, state: TrainerState) -> None:
         """Takes up the mean of a checkpoint, where it has one."""
