@@ -266,6 +266,7 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str) or callable(self.loss_type):
             self.loss_type = [self.loss_type]
         self._check_choices()
+        self._check_metrics()
         self._check_loss()
         self._check_lengths()
         self.columns = _column_names(self.columns)
@@ -366,6 +367,24 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "
                 "groups are assigned to ranks by their cost already; take 'random' or 'sequential'."
+            )
+
+    def _check_metrics(self) -> None:
+        """Refuses options of transformers' evaluation that mean nothing to packs of completions."""
+        if set(self.include_for_metrics) - {"loss"}:
+            raise ValueError(
+                f"include_for_metrics={self.include_for_metrics!r}: beside rewards and weights compute_metrics can "
+                "have 'loss' alone, as inputs are packs; leave the others out."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor!r} smooths targets of tokens, which no loss here "
+                "looks at; leave it at 0. label_smoothing is the probability that a preference is flipped."
+            )
+        if self.label_names not in (None, [], ["labels"]):
+            raise ValueError(
+                f"label_names={self.label_names!r} means nothing to preferences: compute_metrics gets the comparisons' "
+                "weights as labels; leave it out."
             )
 
     def _check_loss(self) -> None:

@@ -65,7 +65,7 @@ from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
 from dpo_fast.training.running_margin import RunningMargin
 from dpo_fast.training.stream_batches import StreamBatches
-from dpo_fast.training.trainer_arguments import config_of, refuse_other_arguments, tokenizer_of
+from dpo_fast.training.trainer_arguments import config_of, refuse_other_arguments, refuse_search, tokenizer_of
 from dpo_fast_kernels import SequenceLoss
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class DPOTrainer(Trainer):
     # The loss is divided by the totals of the optimizer step, over all its micro-batches.
     loss_is_scaled_for_ga = True
     _tag_names = ["dpo_fast", "dpo"]
+    hyperparameter_search = refuse_search
     _datasets_class = PreferenceDatasets
     _shard: Shard | None = None  # which prompts the reference runs on; None for this process's share
     args: DPOConfig
@@ -118,7 +119,7 @@ class DPOTrainer(Trainer):
         **other_arguments: Any,
     ):
         refuse_other_arguments(other_arguments)
-        args = config_of(args, model)
+        args = config_of(args, model, compute_metrics)
         check_datasets(train_dataset, eval_dataset, args.columns)
         if ref_model is not None and ref_model is model:
             raise InputError("ref_model is the same object as model; leave ref_model out to use the untrained policy")
@@ -424,7 +425,8 @@ class DPOTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
         self._metrics["eval"].end_batch()
         # Every rank returns what all have: a batch's loss for each of its groups, which so weigh alike in the mean.
-        self.gather_function = lambda values: values
+        first = iter([groups])  # the loss, which transformers has repeated
+        self.gather_function = lambda values: values[: next(first, None)]
         loss = self.accelerator.reduce(loss, "mean").expand(groups)
         if prediction_loss_only:
             return loss, None, None
@@ -489,6 +491,9 @@ class DPOTrainer(Trainer):
         new_tokens = torch.tensor([self._new_tokens], device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(new_tokens).sum())
         self._new_tokens = 0
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """Leave it to `_count_tokens`; for `include_num_input_tokens_seen`."""
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         reopen_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))

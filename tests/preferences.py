@@ -40,7 +40,9 @@ def ranked(count: int = 8, seed: int = 0) -> Dataset:
 
 def make_trainer(tmp_path: Path, dataset: Dataset | None = None, *, model=None, **options) -> DPOTrainer:
     trainer_options = {
-        name: options.pop(name) for name in ("eval_dataset", "peft_config", "ref_model") if name in options
+        name: options.pop(name)
+        for name in ("eval_dataset", "peft_config", "ref_model", "compute_metrics")
+        if name in options
     }
     args = DPOConfig(
         **{

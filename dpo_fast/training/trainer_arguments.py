@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
@@ -20,17 +20,22 @@ _MOVED = {
     "max_prompt_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
     "max_completion_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
     "max_target_length": "DPOConfig(max_length=…), which bounds prompt and completion together",
-    "model_init": "model=…; make a trainer per trial instead",
+    "model_init": "model=…, and make a trainer for each trial, which computes no reference log-prob again",
     "ref_model_init_kwargs": "ref_model=…, a model that you have loaded",
 }
 
 
-def config_of(args: TrainingArguments | None, model: str | nn.Module) -> DPOConfig:
+def config_of(
+    args: TrainingArguments | None, model: str | nn.Module, compute_metrics: Callable | None = None
+) -> DPOConfig:
     """Return `args` as a `DPOConfig`: itself, a default, or one with the values of another trainer's configuration.
 
     Raises:
-        InputError: `args` is no configuration, or has an option that means nothing here, away from its default.
+        InputError: `args` is no configuration, has an option that means nothing here, away from its default, or one
+            that leaves `compute_metrics` nothing to look at.
     """
+    if compute_metrics is not None and getattr(args, "prediction_loss_only", False):
+        raise InputError("prediction_loss_only=True leaves compute_metrics no predictions; leave one of the two out")
     if isinstance(args, DPOConfig):
         return args
     if args is None:
@@ -91,3 +96,16 @@ def refuse_other_arguments(given: Mapping[str, Any]) -> None:
         place = _MOVED.get(name) or (f"DPOConfig({name}=…)" if name in options else None)
         cure = f"give {place}" if place else "leave it out"
         raise InputError(f"{name}={value!r} is no argument of DPOTrainer; {cure}")
+
+
+def refuse_search(trainer: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse what `Trainer.hyperparameter_search` does, and show the loop that does it.
+
+    Raises:
+        InputError: always. A trial may change what data, loss and reference were made of when the trainer was made.
+    """
+    raise InputError(
+        "hyperparameter_search: a trainer's data, loss and reference are made when it is made, so one trainer cannot "
+        "run several trials; make one for each trial, as in `for beta in (0.05, 0.1): DPOTrainer(…, "
+        "args=DPOConfig(beta=beta, …)).train()`. The reference store serves all of them."
+    )

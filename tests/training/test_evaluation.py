@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
+import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import TrainingArguments
 
+from dpo_fast import DPOTrainer
+from dpo_fast.errors import InputError
+from families import tiny_model
 from preferences import logged, make_trainer, pairs, ranked
 
 NAMES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen", "entropy", "mean_token_accuracy")
@@ -94,3 +101,116 @@ def test_nothing_of_a_broken_evaluation_shows_in_the_next(tmp_path, monkeypatch)
     monkeypatch.undo()
     found = trainer.evaluate()
     assert {name: found[f"eval_{name}"] for name in NAMES} == {name: expected[f"eval_{name}"] for name in NAMES}
+
+
+STEPS = {"eval_strategy": "steps", "eval_steps": 1}
+BEST = {**STEPS, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+WORKING = {
+    "include_for_metrics": {"include_for_metrics": ["loss"]},
+    "batch_eval_metrics": {"batch_eval_metrics": True, "include_for_metrics": ["loss"]},
+    "eval_do_concat_batches": {"eval_do_concat_batches": False, "include_for_metrics": ["loss"]},
+    "eval_accumulation_steps": {"eval_accumulation_steps": 1},
+    "eval_use_gather_object": {"eval_use_gather_object": True},
+    "eval_on_start": {**STEPS, "eval_on_start": True},
+    "eval_delay": {**STEPS, "eval_delay": 2},
+    "eval_steps": {"eval_strategy": "steps", "eval_steps": 2},
+    "eval_strategy": {"eval_strategy": "epoch"},
+    "bf16_full_eval": {"bf16_full_eval": True},
+    "fp16_full_eval": {"fp16_full_eval": True},
+    "load_best_model_at_end": {**BEST, "metric_for_best_model": "eval_accuracy"},
+    "metric_for_best_model": {**STEPS, "save_strategy": "best", "metric_for_best_model": "accuracy"},
+    "greater_is_better": {**BEST, "metric_for_best_model": "rewards/margins", "greater_is_better": False},
+    "label_names": {"label_names": ["labels"]},
+    "skip_memory_metrics": {"skip_memory_metrics": False},
+    "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "all"},
+    "per_device_eval_batch_size": {"per_device_eval_batch_size": 2},
+    "do_eval": {"do_eval": True},
+    "do_predict": {"do_predict": True},
+}
+REFUSED = {
+    "include_for_metrics": (["inputs"], "leave the others out"),
+    "label_smoothing_factor": (0.1, "label_smoothing is the probability"),
+    "label_names": (["chosen"], "weights as labels; leave it out"),
+    "prediction_loss_only": (True, "leave one of the two out"),
+}
+
+
+class Accuracy:
+    """Weighted accuracy, of whole evaluations or batch by batch, and what it was made from."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, given, compute_result: bool = True) -> dict[str, float]:
+        parts = [given.predictions, given.label_ids, *([] if given.losses is None else [given.losses])]
+        self.calls.append([np.concatenate([np.asarray(x) for x in part]) for part in map(_in_batches, parts)])
+        if not compute_result:
+            return {}
+        parts = [np.concatenate(part) for part in zip(*self.calls, strict=True)]
+        self.calls, rewards, weights = [], *parts[:2]
+        right = rewards[:, 0] > rewards[:, 1]
+        mean = {} if len(parts) == 2 else {"losses": float(parts[2].mean()), "groups": len(parts[2])}
+        return {"accuracy": (right * weights).sum() / weights.sum(), "comparisons": len(weights), **mean}
+
+
+def _in_batches(part) -> list:
+    return part if isinstance(part, list) else [part]
+
+
+def test_every_option_of_evaluations_has_its_place_here():
+    about = re.compile("eval|metric|label|predict|best|tokens_seen|greater")
+    options = {field.name for field in dataclasses.fields(TrainingArguments) if about.search(field.name)}
+    assert not options - (WORKING.keys() | REFUSED.keys())
+
+
+@pytest.mark.parametrize("option", WORKING)
+def test_options_of_evaluations_work_with_metrics_of_ones_own(tmp_path, option, caplog):
+    accuracy, options = Accuracy(), {"max_steps": 4, "per_device_eval_batch_size": 3, **WORKING[option]}
+    trainer = make_trainer(tmp_path, eval_dataset=ranked(7), compute_metrics=accuracy, **options)
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_comparisons"] == 27 and 0 <= found["eval_accuracy"] <= 1
+    if "include_for_metrics" in options:
+        assert found["eval_groups"] == 7 and found["eval_losses"] == pytest.approx(found["eval_loss"], rel=1e-6)
+    whole = plain_predictions(tmp_path, trainer)
+    half = option in ("bf16_full_eval", "fp16_full_eval")
+    assert found["eval_loss"] == pytest.approx(whole.metrics["test_loss"], rel=1e-2 if half else 1e-6)
+    if not half:
+        rewards, weights = whole.predictions, whole.label_ids
+        accuracy = (rewards[:, 0] > rewards[:, 1]) @ weights / weights.sum()
+        assert found["eval_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    assert not [record.message for record in caplog.records if "Tried to track" in record.message]
+
+
+def plain_predictions(tmp_path, trainer):
+    """The trained model's, by a trainer without any such option."""
+    size = trainer.args.per_device_eval_batch_size
+    plain = make_trainer(tmp_path, eval_dataset=ranked(7), per_device_eval_batch_size=size)
+    plain.model.load_state_dict(trainer.model.state_dict())
+    return plain.predict(plain.eval_dataset)
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_that_cannot_work_are_refused_by_name(tmp_path, option):
+    value, words = REFUSED[option]
+    with pytest.raises(ValueError, match=f"^{option}=.*{words}"):
+        make_trainer(tmp_path, eval_dataset=ranked(7), compute_metrics=Accuracy(), **{option: value})
+
+
+def test_a_loss_alone_is_there_for_who_has_no_metrics_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=ranked(7), prediction_loss_only=True)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"]) and trainer.predict(ranked(7)).predictions is None
+
+
+def test_a_search_is_refused_and_told_its_loop(tmp_path):
+    with pytest.raises(InputError, match="^hyperparameter_search: .*DPOTrainer.*DPOConfig"):
+        make_trainer(tmp_path).hyperparameter_search(n_trials=2)
+    with pytest.raises(InputError, match="^model_init=.* is no argument of DPOTrainer; give model=…, and make a tr"):
+        DPOTrainer(tiny_model("llama"), train_dataset=pairs(), model_init=lambda: tiny_model("llama"))
+    found = {}
+    for beta in (0.05, 0.5):
+        trial = make_trainer(tmp_path, eval_dataset=pairs(6, seed=1), beta=beta)
+        trial.train()
+        found[beta] = trial.evaluate()["eval_rewards/margins"]
+    assert found[0.05] != found[0.5] and trial.reference.store.computed == 0, "the second trial computes no reference"
