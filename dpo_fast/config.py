@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.losses import COUPLED, LOSSES, SMOOTHED, FDivergence, LossParameters, named_loss
+from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence, LossParameters, named_loss, uses
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
@@ -286,7 +286,7 @@ class DPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to copy to
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # else a copy holds the host up anyway
         self._check_parallelism()
-        coupled = set(self.loss_mix) & set(COUPLED)  # whose packs cost another forward pass when there are several
+        coupled = any(uses(name, "step") for name in self.loss_mix)  # several packs cost another forward pass then
         if self.max_tokens_per_micro_batch is None and self.device.type == "cpu" and not coupled:
             self.max_tokens_per_micro_batch = _CPU_TOKENS
         if isinstance(self.model_init_kwargs, str):
@@ -409,10 +409,10 @@ class DPOConfig(TrainingArguments):
                 f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None; the paper takes 0.3 to 0.6 "
                 "for instruct models."
             )
-        if self.use_weighting and set(self.loss_type) & set(COUPLED):
+        if self.use_weighting and (coupled := [name for name in self.loss_type if uses(name, "step")]):
             raise ValueError(
-                f"use_weighting=True does not go with {list(COUPLED)}, which look at a whole step before its pairs can "
-                f"be weighed; turn it off, or leave them out of loss_type={self.loss_type}."
+                f"use_weighting=True does not go with {coupled}, which look at a whole step before its pairs can be "
+                f"weighed; turn it off, or leave them out of loss_type={self.loss_type}."
             )
 
     def _check_lengths(self) -> None:

@@ -41,7 +41,7 @@ from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary
 from dpo_fast.errors import InputError
-from dpo_fast.losses import COUPLED, uses
+from dpo_fast.losses import uses
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.adapters import base_of, let_recompute, prepare_peft
@@ -190,8 +190,8 @@ class DPOTrainer(Trainer):
         self._running_margin = RunningMargin(args.device) if "beta_dpo" in args.loss_mix else None
         mean_margin = None if self._running_margin is None else self._running_margin.mean
         self._objective = Objective(args.loss_mix, args.loss_parameters, args.use_weighting, args.ld_alpha, mean_margin)
-        self._loss = SequenceLoss(self._objective, self._objective.statistics)
-        self._coupled, self._surrogate = bool(set(args.loss_mix) & set(COUPLED)), SequenceLoss(surrogate)
+        self._coupled, self._surrogate = self._objective.couples_groups, SequenceLoss(surrogate)
+        self._loss = None if self._coupled else SequenceLoss(self._objective, self._objective.statistics)
         self._empty = empty_pack(self.layout, split_for_ld_dpo=args.splits_completions).to(args.device)
         self._metrics = {mode: MetricAccumulator(args.device) for mode in ("train", "eval")}
         self._new_tokens = 0

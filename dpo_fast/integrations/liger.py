@@ -28,7 +28,7 @@ from dpo_fast.losses import (
     preference_loss,
     uses,
 )
-from dpo_fast_kernels import ScoreLayout, linear_logps, linear_preference_loss
+from dpo_fast_kernels import ScoreLayout, SequenceLoss, linear_logps, linear_preference_loss
 
 # Loss; log-probs of chosen and rejected [B], their mean logits, NLL of chosen, rewards of chosen and rejected [B].
 FusedLinearOutput = tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
@@ -88,6 +88,7 @@ class FusedLinearDPOLoss(nn.Module):
         self.discopop_tau = discopop_tau
         self.more_parameters = parameters
         self._check_options()
+        self._sequence_loss = SequenceLoss(self._loss)
 
     def forward(
         self,
@@ -142,7 +143,7 @@ class FusedLinearDPOLoss(nn.Module):
         else:
             ref_logps = torch.zeros(lengths.shape, device=lengths.device)
         loss, of_rows = linear_preference_loss(
-            rows.select(_input), lin_weight, rows.targets, rows.layout, self._loss, [ref_logps, lengths], bias
+            rows.select(_input), lin_weight, rows.targets, rows.layout, self._sequence_loss, [ref_logps, lengths], bias
         )
         with torch.no_grad():
             sums = of_rows.sequence_logps

@@ -181,6 +181,42 @@ def losses_using(what: str) -> tuple[str, ...]:
     return tuple(name for name, function in LOSSES.items() if getattr(getattr(function, "uses", None), what, False))
 
 
+def looks_at_others(name: str, parameters: LossParameters) -> bool:
+    """Return whether a comparison's gradient depends on those of other prompts, as four pairs on the CPU show.
+
+    A function that fails on them does not show it.
+    """
+    function = LOSSES[name]
+    try:
+        one, *others = (_gradient_of_the_first(function, parameters, shift) for shift in (0.0, 9.0, -9.0))
+    except Exception:  # whatever a function of somebody else's raises
+        return False
+    return not all(torch.allclose(one, other, rtol=1e-3, atol=0.0, equal_nan=True) for other in others)
+
+
+@torch.enable_grad()
+def _gradient_of_the_first(function: Loss, parameters: LossParameters, shift: float) -> Tensor:
+    """Return ∂Σ loss/∂ℓ of the first of four pairs, winner and loser; `shift` moves the log-probs of the others."""
+    others = shift * torch.tensor([0.0, 1.0, 2.0, 1.0])
+    winners = (torch.tensor([-20.0, -31.0, -17.0, -26.0]) + others).requires_grad_()
+    losers = (torch.tensor([-22.0, -30.0, -12.0, -27.0]) - others).requires_grad_()
+    lengths = torch.tensor([9, 12, 7, 10])
+    comparisons = Comparisons(
+        winners,
+        losers,
+        torch.tensor([-21.0, -29.0, -18.0, -25.0]),
+        torch.tensor([-23.0, -28.0, -15.0, -29.0]),
+        lengths,
+        lengths + 1,
+        mean_winner_tokens=lengths.float().mean(),
+        offsets=torch.zeros(4),
+        winners=torch.arange(0, 8, 2),
+        weights=torch.ones(4),
+    )
+    total = function(comparisons, parameters).sum()
+    return torch.stack(torch.autograd.grad(total, (winners, losers), materialize_grads=True))[:, 0]
+
+
 def named_loss(loss: str | Loss) -> str:
     """Return the name of a loss; a function of your own enters `LOSSES` under its own name.
 

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from dpo_fast.batches.completion_pieces import by_completion
 from dpo_fast.batches.packing import PackedBatch
-from dpo_fast.losses.catalogue import Comparisons, LossParameters, named_loss, preference_loss, uses
+from dpo_fast.errors import InputError
+from dpo_fast.losses.catalogue import (
+    Comparisons,
+    LossParameters,
+    looks_at_others,
+    named_loss,
+    preference_loss,
+    uses,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,19 @@ class Objective:
 
     def _check(self) -> None:
         self.parameters.check(list(self.mix))
+        for name in self.mix:
+            if not uses(name, "step") and looks_at_others(name, self.parameters):
+                raise InputError(
+                    f"loss_type: the loss {name} gives a comparison a gradient that depends on comparisons of other "
+                    "prompts; say so with @dpo_fast.losses.loss(step=True), and DPOTrainer takes the step as a whole"
+                )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None")
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether a comparison's loss depends on all others, so that it takes the log-probs of all of them at once."""
+        return any(uses(name, "step") for name in self.mix)
 
     @property
     def _looks_at_reference(self) -> bool:

@@ -237,7 +237,7 @@ def test_every_loss_that_does_not_couple_pairs(loss_type):
     assert torch.equal(torch.stack(rewards), torch.stack([found["chosen_rewards"], found["rejected_rewards"]]))
 
 
-def test_a_loss_of_ones_own(monkeypatch):
+def test_a_loss_of_ones_own():
     def own_square(c: Comparisons, p: LossParameters) -> Tensor:
         return (p.beta * (c.winner_ratios - c.loser_ratios) - 1) ** 2
 
@@ -249,12 +249,20 @@ def test_a_loss_of_ones_own(monkeypatch):
         found = problem.solve(FusedLinearDPOLoss(loss_type=own_square, label_smoothing=0.1), problem.reference())
         expected = problem.solve(plain("own_square"), problem.reference())
         assert_same(found, expected, 0.1, "own")
-        monkeypatch.setattr(tiles, "CPU_GROUP_ROWS", 1)  # so that every pair has a tile of its own
         with pytest.raises(ValueError, match="^loss: .*other groups"):
             problem.solve(FusedLinearDPOLoss(loss_type=own_spread), problem.reference())
     finally:
         for name in ("own_square", "own_spread"):
             LOSSES.pop(name, None)
+
+
+def test_a_copy_has_a_loss_of_its_own():
+    problem, loss = Problem(), FusedLinearDPOLoss(beta=0.3)
+    expected = problem.solve(loss, problem.reference())
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        loss.beta = 0.7
+        assert_same(problem.solve(copied, problem.reference()), expected, 0.3, "copy")
+        loss.beta = 0.3
 
 
 def test_what_is_ignored_has_no_say():

@@ -319,6 +319,17 @@ def test_nothing_larger_than_a_tile():
     assert TILE * V <= largest.elements <= max(TILE * V, V * H)
 
 
+# How margins of several groups may be mixed up.
+COUPLED = {
+    "mean": lambda margins: margins - margins.mean(),
+    "mean without gradient": lambda margins: margins - margins.detach().mean(),
+    "sort": lambda margins: margins.sort().values * torch.linspace(0.1, 1, len(margins)),
+    "softmax": lambda margins: margins.log_softmax(0),
+    "neighbours": lambda margins: margins * margins.roll(1),
+    "two apart": lambda margins: margins * margins.roll(2) if len(margins) > 2 else margins * margins.roll(1),
+}
+
+
 class TestTheLoss:
     """What may be handed over as a loss, and what may not."""
 
@@ -342,16 +353,53 @@ class TestTheLoss:
         with pytest.raises(KeyError):
             SequenceLoss.of(handle)
 
-    @pytest.mark.parametrize("couple", ["mean", "sort"])
-    def test_one_that_couples_groups_is_refused(self, couple):
+    @pytest.mark.parametrize("groups", [GROUPS, GROUPS[:2], [(2, 3)] * 7], ids=["tiles", "two", "a tile"])
+    @pytest.mark.parametrize("couple", COUPLED)
+    def test_one_that_couples_groups_is_refused_whatever_the_size_of_the_batch(self, couple, groups):
         def coupled(logps, ref, pairs, weights):
             margins = (logps - ref)[pairs[:, 0]] - (logps - ref)[pairs[:, 1]]
-            margins = margins - margins.mean() if couple == "mean" else margins.sort().values * weights
-            return -F.logsigmoid(margins).sum()
+            return -F.logsigmoid(COUPLED[couple](margins)).sum()
 
+        problem = Problem(groups=groups)
+        loss = SequenceLoss(coupled)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="^loss: .*other groups"):
+                problem.solve(problem.ours(loss=loss))
+
+    def test_one_that_says_that_it_couples_groups_is_refused_at_once(self):
+        class Coupled:
+            couples_groups = True
+
+            def __call__(self, logps):
+                return logps.sum()
+
+            def __repr__(self):
+                return "all of them"
+
+        with pytest.raises(ValueError, match="^loss: all of them couples groups; .*linear_logps"):
+            SequenceLoss(Coupled())
+
+    def test_a_batch_of_one_group_couples_nothing(self):
+        loss = SequenceLoss(lambda logps, *_: logps.sum() ** 2)
+        problem = Problem(groups=[(2, 3, 4)])
+        assert torch.isfinite(problem.solve(problem.ours(loss=loss))["loss"])
         problem = Problem()
         with pytest.raises(ValueError, match="^loss: .*other groups"):
-            problem.solve(problem.ours(loss=coupled))
+            problem.solve(problem.ours(loss=loss))
+
+    def test_what_is_found_is_found_once(self):
+        calls = []
+
+        def counted(*arguments):
+            calls.append(arguments)
+            return dpo(*arguments)
+
+        problem, loss = Problem(groups=GROUPS[:2]), SequenceLoss(counted)
+        counts = []
+        for _ in range(3):
+            problem.solve(problem.ours(loss=loss))
+            counts.append(len(calls))
+        assert counts == [3, 4, 5]
 
     @pytest.mark.parametrize("budget", [0, 2**31], ids=["split", "whole"])
     def test_one_that_weighs_by_sums_of_statistics(self, budget):
@@ -491,10 +539,15 @@ def test_on_gpu_runs_are_bitwise_equal_and_never_synchronise(budget):
 
 
 @pytest.mark.gpu
-def test_on_gpu_a_loss_that_couples_groups_is_nan():
-    problem = Problem(groups=LARGE, h=64, v=1003, device="cuda")
-    result = linear_preference_loss(
-        problem.hidden.requires_grad_(), problem.weight, problem.targets, problem.layout,
-        lambda logps, *_: logps.sum() ** 2, problem.loss_inputs, budget_bytes=0,
-    )  # fmt: skip
-    assert result.loss.isnan()
+@pytest.mark.parametrize("groups", [LARGE, GROUPS[:2]], ids=["tiles", "a tile"])
+def test_on_gpu_a_loss_that_couples_groups_is_nan(groups):
+    problem, loss = (
+        Problem(groups=groups, h=64, v=1003, device="cuda"),
+        SequenceLoss(lambda logps, *_: logps.sum() ** 2),
+    )
+    for _ in range(2):
+        result = linear_preference_loss(
+            problem.hidden.requires_grad_(), problem.weight, problem.targets, problem.layout, loss,
+            problem.loss_inputs, budget_bytes=0,
+        )  # fmt: skip
+        assert result.loss.isnan()

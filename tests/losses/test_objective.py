@@ -14,9 +14,12 @@ from dpo_fast.batches.collator import DPOCollator
 from dpo_fast.batches.completion_pieces import split_completions
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
-from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters
+from dpo_fast.errors import InputError
+from dpo_fast.losses import COUPLED, LOSSES, REFERENCE_FREE, SMOOTHED, LossParameters, loss
+from dpo_fast.losses.catalogue import looks_at_others
 from dpo_fast.losses.objective import Objective
 from dpo_fast.training.coupled_step import step_coefficients
+from dpo_fast_kernels import SequenceLoss, linear_preference_loss
 
 PARAMETERS = LossParameters(0.7)
 
@@ -214,3 +217,68 @@ def test_what_cannot_be_computed_is_refused():
 
 def test_a_function_is_a_loss_wherever_a_name_is():
     assert Objective({LOSSES["ipo"]: 0.5}) == Objective({"ipo": 0.5})
+
+
+@pytest.fixture
+def own():
+    """Functions of one's own enter `LOSSES`, and leave it again."""
+    before = set(LOSSES)
+    yield
+    for name in set(LOSSES) - before:
+        del LOSSES[name]
+
+
+def parameters_of(name: str) -> LossParameters:
+    return LossParameters(0.7, 0.1 if name in SMOOTHED else 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_says_whether_it_looks_at_other_prompts(name):
+    assert looks_at_others(name, parameters_of(name)) == (name in COUPLED)
+
+
+@pytest.mark.parametrize("sizes", [2, 3, 8])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_head_takes_what_leaves_prompts_apart_and_nothing_else(name, sizes):
+    groups = [group_of([2 + index % 3, 3, 1], index) for index in range(sizes)]
+    packed = pack(groups)
+    packed.ref_logps = torch.tensor([sum(row) for group in groups for row in group.ref_token_logps])
+    objective = Objective({name: 1.0}, parameters_of(name))
+    inputs = objective.inputs(packed, packed.totals)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(packed.targets), 8, generator=generator).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator)
+
+    def loss():
+        return linear_preference_loss(
+            hidden, weight, packed.targets, packed.score_layout, lambda *given: objective(*given), inputs
+        ).loss
+
+    assert objective.couples_groups == (name in COUPLED)
+    if name not in COUPLED:
+        assert torch.isfinite(loss())
+        SequenceLoss(objective)
+        return
+    with pytest.raises(ValueError, match="^loss: .*other groups"):
+        loss()
+    with pytest.raises(ValueError, match=f"^loss: Objective.*{name}.* couples groups; .*linear_logps"):
+        SequenceLoss(objective)
+
+
+def test_a_function_that_looks_at_other_prompts_has_to_say_so(own):
+    def own_spread(c, p):
+        return (c.winner_ratios - c.winner_ratios.mean()) ** 2
+
+    def own_square(c, p):
+        return c.winner_ratios**2
+
+    def own_broken(c, p):
+        raise KeyError("not on these")
+
+    for function in (own_square, own_broken):
+        assert not Objective({function: 1.0}).couples_groups
+    with pytest.raises(InputError, match=r"^loss_type: the loss own_spread .*@dpo_fast.losses.loss\(step=True\)"):
+        Objective({own_spread: 1.0})
+    with pytest.raises(InputError, match="^loss_type: the loss own_spread"):
+        Objective({loss(lengths=True)(own_spread): 1.0})
+    assert Objective({loss(step=True)(own_spread): 1.0}).couples_groups

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from dpo_fast import losses
 from dpo_fast.losses import LOSSES
 from dpo_fast.model import agreement
 from dpo_fast.model.forward import PackedOutput
@@ -276,6 +277,25 @@ def test_a_function_of_ones_own_trains_like_any_loss(tmp_path, monkeypatch):
     make_trainer(tmp_path, rows, loss_type=logistic, label_smoothing=0.1)  # which it may heed, for all we know
     for one, other in zip(mine.model.parameters(), usual.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_function_of_ones_own_that_couples_a_step_says_so_and_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_fast.losses.catalogue.LOSSES", dict(LOSSES))
+
+    def centred(comparisons, parameters):
+        delta = parameters.beta * (comparisons.winner_ratios - comparisons.loser_ratios)
+        return torch.nn.functional.softplus(delta.mean() - 2 * delta)
+
+    with pytest.raises(ValueError, match=r"^loss_type: the loss centred .*loss\(step=True\)"):
+        make_trainer(tmp_path, loss_type=centred)
+    cuts = [
+        {},
+        {"max_tokens_per_micro_batch": 45},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
+    whole, *others = (trained(make_trainer(tmp_path, loss_type=losses.loss(step=True)(centred), **cut)) for cut in cuts)
+    for other in others:
+        assert_same_weights(whole, other, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])

@@ -26,7 +26,6 @@ from dpo_fast.integrations.trl.batches import PACKED, CannotPackError, Packing, 
 from dpo_fast.integrations.trl.forward import answer_padded_rows
 from dpo_fast.integrations.trl.objective import objective_of
 from dpo_fast.integrations.trl.reference import reference_logps, with_stored_reference
-from dpo_fast.losses import COUPLED
 from dpo_fast.machine import keep_freed_memory
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.forward import prepare_forward
@@ -172,8 +171,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         packed = dataclasses.replace(packed, ref_logps=reference_logps(self, packed, inputs))
         objective = objective_of(self)
         loss_inputs = objective.inputs(packed, packed.totals)
-        coupled = bool(set(self.loss_types) & set(COUPLED))  # their gradients need all pairs' log-probs at once
-        if self._sequence_loss is None or self._sequence_loss.function != objective:
+        coupled = objective.couples_groups  # gradients need all pairs' log-probs at once
+        if not coupled and (self._sequence_loss is None or self._sequence_loss.function != objective):
             self._sequence_loss = SequenceLoss(objective, objective.statistics)  # else the same, for torch.compile
         output = model(
             packed=packed,

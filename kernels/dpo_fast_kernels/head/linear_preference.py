@@ -29,7 +29,7 @@ from dpo_fast_kernels.head.gradients import HeadGradients
 from dpo_fast_kernels.head.linear_logps import linear_logps, row_logps_of, spread_over_rows
 from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
 from dpo_fast_kernels.head.score_layout import GroupTile, ScoreLayout, group_tiles
-from dpo_fast_kernels.head.sequence_loss import SequenceLoss
+from dpo_fast_kernels.head.sequence_loss import COUPLED, SequenceLoss, same_gradients
 from dpo_fast_kernels.head.tiles import TileMemory, group_tile_rows, tile_slices
 from dpo_fast_kernels.head.vocab_parallel import VocabularyShards, local_head
 
@@ -145,8 +145,12 @@ def _linear_preference_loss(
 
         if needs_hidden:
             shards.add_up_(gradients.hidden)
+        apart = sequence_loss.leaves_groups_apart(head.sums, inputs, whole, cu_groups)
         if len(tiles) > 1:
-            value = _checked(value, used, whole)
+            same = same_gradients(used, whole).all()
+            apart = same if apart is None else apart & same
+        if apart is not None:
+            value = _checked(value, apart)
         values = list(head.statistics.values())
         return (
             value,
@@ -179,15 +183,11 @@ def _add_split_group(
         gradients.add_scaled(part, completion, g)
 
 
-def _checked(value: Tensor, used: Tensor, whole: Tensor) -> Tensor:
-    """Returns the loss if the gradients that tiles took are those of the whole batch: an error, or NaN on a GPU."""
-    same = torch.isclose(used, whole, rtol=1e-3, atol=0.0, equal_nan=True).all()
-    if value.device.type == "cpu" and not same:
-        raise ValueError(
-            "loss: the gradient of a completion depends on completions of other groups, whose log-probs are not known "
-            "yet when it is needed; take linear_logps and the loss of its sequence_logps"
-        )
-    return torch.where(same, value, torch.nan)
+def _checked(value: Tensor, apart: Tensor) -> Tensor:
+    """Returns the loss if it leaves groups apart: else it is an error, or NaN on a GPU."""
+    if value.device.type == "cpu" and not apart:
+        raise ValueError(f"loss: {COUPLED}")
+    return torch.where(apart, value, torch.nan)
 
 
 @_linear_preference_loss.register_fake
@@ -257,8 +257,10 @@ def linear_preference_loss(
         targets: int64 [N], in [0, V).
         layout: where completions and groups lie among the rows.
         loss: `(sequence log-probs fp32 [S], *loss_inputs) → scalar`. The gradient of a completion may depend on
-            completions of its own group only: it is taken before other groups are scored, when theirs read 0. A
-            `SequenceLoss` may also take sums of statistics; in a compiled step it must be one, made outside.
+            completions of its own group only: it is taken before other groups are scored, when theirs read 0. The
+            first batch of several groups shows whether it does, at the price of two more calls of the loss. A
+            `SequenceLoss` is asked once; it may also take sums of statistics. In a compiled step it must be one, made
+            outside.
         loss_inputs: tensors that the loss takes besides, such as reference log-probs; they get no gradient.
         bias: bias of the head, [V].
         transform: scale, softcap and temperature of the logits.
@@ -268,9 +270,10 @@ def linear_preference_loss(
         shards: where the words of a vocabulary-parallel head lie, as in `linear_logps`.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit; the loss is no scalar, or couples groups; on a CPU
-            also targets outside the vocabulary. The message names the argument. On a GPU such values, and a loss that
-            couples groups, come out as a loss of NaN, as does NaN in hidden on any device.
+        ValueError: shapes, dtypes, devices or options do not fit; the loss is no scalar, or couples groups, whatever
+            the batch's size; on a CPU also targets outside the vocabulary. The message names the argument. On a GPU
+            such values, and a loss that is found to couple groups, come out as a loss of NaN, as does NaN in hidden on
+            any device.
     """
     weight, bias = local_head(weight, bias, shards)
     check_head(hidden, weight, targets, bias, budget_bytes)
