@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_fast import DPOCollator, load_preference_dataset
 from dpo_fast.commands.arguments import parse_train_arguments
 from dpo_fast.config import DPOConfig
+from dpo_fast.losses import LOSSES
 from dpo_fast.trainer import DPOTrainer
 from families import tiny_model, tiny_tokenizer
-from preferences import logged, pairs, ranked
+from preferences import logged, make_trainer, pairs, ranked
 from repository import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -338,6 +339,20 @@ def test_every_step_of_a_plain_loop_has_the_log_probs_and_the_loss_of_the_code_b
     )
     exec(inside, names | {"packed": batch["packs"][0], "totals": batch["totals"]})
     assert_close(tuple(parameter.grad for parameter in model.parameters()), gradients)
+
+
+def test_a_loss_of_ones_own_trains(tmp_path):
+    names = {}
+    (example,) = blocks("migrate", "A loss of your own")
+    try:
+        exec(example, names)
+        trainer = make_trainer(
+            tmp_path, **{name: getattr(names["args"], name) for name in ("loss_type", "loss_weights")}
+        )
+        trainer.train()
+        assert names["args"].loss_type == ["squared", "sft"] and len(logged(trainer, "loss")) == 3
+    finally:
+        LOSSES.pop("squared", None)
 
 
 def test_the_loss_of_liger_is_one_import_away():

@@ -151,7 +151,8 @@ def plackett_luce(c: Comparisons, p: LossParameters) -> Tensor:
     """DPO of a full ranking (arXiv 2305.18290, appendix A.3, eq. 20): −Σ_k log [e^{βs_k} / Σ_{j from k on} e^{βs_j}].
 
     A winner and all its losers are one factor, log(1 + Σ_l e^{−βΔ_l}), of which each of its comparisons gets an equal
-    part. With one loser each it is `sigmoid`.
+    part. With one loser each it is `sigmoid`. The mean over a step is per comparison, as of every loss, and not per
+    factor or ranking: K completions in full order have K − 1 factors and K(K − 1)/2 comparisons.
     """
     logits = _logits(c, p)
     if c.winners is None:
