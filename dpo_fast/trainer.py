@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -36,7 +34,6 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpo_fast.batches.collator import DPOCollator
-from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch, empty_pack
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import DataSummary
@@ -44,13 +41,12 @@ from dpo_fast.errors import InputError
 from dpo_fast.losses import uses
 from dpo_fast.losses.objective import Objective
 from dpo_fast.machine import keep_freed_memory
-from dpo_fast.model.adapters import base_of, let_recompute, prepare_peft
-from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
+from dpo_fast.model.adapters import base_of, let_recompute
 from dpo_fast.model.compilation import compile_layers
-from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput
 from dpo_fast.model.loading import aux_loss_weight, check_reference, load_model, vocabulary_size
+from dpo_fast.model.policy import prepare_policy, settle_layout
 from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.fingerprint import weights_fingerprint
@@ -148,13 +144,12 @@ class DPOTrainer(Trainer):
         needs_reference = any(uses(loss, "reference") for loss in args.loss_mix)
         if ref_model is not None and not needs_reference:
             raise InputError(f"ref_model is given, but loss_type={args.loss_type} looks at no reference; leave it out")
-        before = own_logps(model) if peft_config is not None and needs_reference and ref_model is None else None
-        model = prepare_peft(model, peft_config, args)
-        base = base_of(model)
-        self._aux_loss_weight = aux_loss_weight(base, args.router_aux_loss_coef)
-        for part in (model, ref_model) if args.disable_dropout else ():
-            disable_dropout(part)
-        adapters = before is None or reference_has_adapters(model, before)
+        if ref_model is not None:
+            check_reference(ref_model, self._datasets.vocab_size)
+        model, adapters = prepare_policy(model, ref_model, peft_config, args, needs_reference)
+        if peft_config is not None and adapters:
+            fingerprint = weights_fingerprint  # the reference's weights are not those of the model's files
+        self._aux_loss_weight = aux_loss_weight(base_of(model), args.router_aux_loss_coef)
 
         super().__init__(
             model=model,
@@ -175,7 +170,9 @@ class DPOTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             keep_numbers_exact(self.accelerator.state.fsdp_plugin)
-        self.layout = self._settle_layout(ref_model)
+        ref_model = ref_model and ref_model.to(args.device)
+        self.layout = settle_layout(self.model, ref_model, args, self.accelerator, self._aux_loss_weight != 0)
+        base = base_of(self.model)
         self._group_cost = GroupCost.of_model(base, self.layout)
         if data_collator is None:
             self.data_collator = DPOCollator(
@@ -213,25 +210,6 @@ class DPOTrainer(Trainer):
     def data_summaries(self) -> dict[str, DataSummary]:
         """What became of the rows, by name of the dataset."""
         return self._datasets.summaries
-
-    def _settle_layout(self, ref_model: PreTrainedModel | None) -> Layout:
-        """Give policy and reference the packed forward, in one layout for both."""
-        settle = functools.partial(
-            settle_forward,
-            max_length=self.args.max_length or math.inf,
-            autocast=lambda: autocast_of_training(self.accelerator),
-        )
-        policy = {"training": self.args.disable_dropout, "aux_loss": self._aux_loss_weight != 0}
-        layout = settle(self.model, self.args.layout, **policy)
-        if ref_model is not None:
-            check_reference(ref_model.to(self.args.device), self._datasets.vocab_size)
-            if layout == "shared" and settle(ref_model, self.args.layout) == "padded":
-                layout = settle(self.model, "padded", **policy)
-            elif layout == "padded":
-                settle(ref_model, "padded")
-        layouts = [layout]
-        broadcast_object_list(layouts)  # a rank without weights, which others will send it, has not compared
-        return layouts[0]
 
     def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint, adapters: bool) -> Reference:
         model = self.model

@@ -50,16 +50,16 @@ NAMES = {
 # Flags of `dpo-fast train` beside those of transformers.TrainingArguments, which DPOConfig takes by that name too.
 TRAIN_FLAGS = """
     activation_offloading allow_missing_weights attn_implementation beta beta_dpo_alpha bnb_4bit_quant_storage
-    bnb_4bit_quant_type columns comparisons config couple dataset dataset_config dataset_name dataset_num_proc dataset_streaming
-    dataset_test_split dataset_train_split datasets disable_dropout discopop_tau dtype f_alpha_divergence_coef
-    f_divergence_type group_by_prompt ignore_bias_buffers label_smoothing layout ld_alpha load_in_4bit load_in_8bit
-    log_completion_statistics lora_alpha lora_dropout lora_modules_to_save lora_r lora_target_modules
-    lora_target_parameters lora_task_type loss_type loss_weights max_length max_tokens_per_micro_batch model
-    model_init_kwargs model_name_or_path model_revision no_disable_dropout no_gradient_checkpointing
-    no_log_completion_statistics pad_to_multiple_of pad_token padding_free precompute_ref_batch_size
-    precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps reference_cache_dir router_aux_loss_coef
-    rpo_alpha simpo_gamma streaming sync_ref_model test_split_size torch_dtype truncation_mode trust_remote_code
-    use_bnb_nested_quant use_dora use_peft use_rslora use_weighting
+    bnb_4bit_quant_type columns comparisons config couple dataset dataset_config dataset_name dataset_num_proc
+    dataset_streaming dataset_test_split dataset_train_split datasets disable_dropout discopop_tau dtype
+    f_alpha_divergence_coef f_divergence_type group_by_prompt ignore_bias_buffers label_smoothing layout ld_alpha
+    load_in_4bit load_in_8bit log_completion_statistics lora_alpha lora_dropout lora_modules_to_save lora_r
+    lora_target_modules lora_target_parameters lora_task_type loss_type loss_weights max_length
+    max_tokens_per_micro_batch model model_init_kwargs model_name_or_path model_revision no_disable_dropout
+    no_gradient_checkpointing no_log_completion_statistics pad_to_multiple_of pad_token padding_free
+    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps reference_cache_dir
+    router_aux_loss_coef rpo_alpha simpo_gamma streaming sync_ref_model test_split_size torch_dtype truncation_mode
+    trust_remote_code use_bnb_nested_quant use_dora use_peft use_rslora use_weighting
 """
 OTHER_FLAGS = {
     "cache": "num_shards shard info verify prune dry_run export store reference_cache_dir",

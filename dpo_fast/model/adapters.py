@@ -36,6 +36,11 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
             )
         if isinstance(peft_config, PromptLearningConfig):
             raise ValueError(f"peft_config is a {type(peft_config).__name__}, which adds prompt tokens; use a LoRA")
+        if getattr(peft_config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "peft_config has alora_invocation_tokens: such an adapter works from certain tokens on, which it does "
+                "not see in a packed batch; use a LoRA without them"
+            )
         if hasattr(model, "peft_config"):
             raise ValueError(
                 "peft_config is given, but model already has an adapter: leave peft_config out to train that one, or "

@@ -58,8 +58,8 @@ class PackedOutput(ModelOutput):
 
     @property
     def loss(self) -> Tensor | None:
-        """`preference_loss`. What a wrapper of the model adds, like AdaLoRA its penalty, would count once a pack."""
-        return self.preference_loss
+        """A copy of `preference_loss`: what a wrapper adds in place, as AdaLoRA does, would count once a pack."""
+        return None if self.preference_loss is None else self.preference_loss.clone()
 
     @loss.setter
     def loss(self, value: Tensor) -> None:
