@@ -46,6 +46,7 @@ from dpo_fast.model.compilation import compile_layers
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput
 from dpo_fast.model.loading import aux_loss_weight, check_reference, load_model, vocabulary_size
+from dpo_fast.model.noise import noisy_embeddings
 from dpo_fast.model.policy import prepare_policy, settle_layout
 from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.compute import Shard
@@ -237,8 +238,10 @@ class DPOTrainer(Trainer):
         if self.args.recompute_where_needed:
             self.args.gradient_checkpointing = self.args.activation_checkpointing = self._must_recompute()
             let_recompute(self.accelerator.unwrap_model(self.model), self.args)
+        base, self.neftune_noise_alpha = base_of(self.accelerator.unwrap_model(self.model)), None
         try:
-            return super().train(folder, *args, **kwargs)
+            with noisy_embeddings(base, self.args.neftune_noise_alpha):
+                return super().train(folder, *args, **kwargs)
         finally:
             self._datasets.save_references()
 

@@ -119,7 +119,7 @@ def own_logps(model: nn.Module) -> Tensor:
     if any(weight.is_meta for weight in model.parameters()):
         return torch.empty(0)
     with weights_at_hand(model), _undisturbed(model, training=False):
-        return _Probe(model, _groups_of(base_of(model), max_length=0)[0], contextlib.nullcontext).truth.logps
+        return _Probe(model, _groups_of(base_of(model), max_length=_FAR)[0], contextlib.nullcontext).truth.logps
 
 
 def reference_has_adapters(
@@ -194,7 +194,7 @@ class _Probe:
         self.exact = _is_exact(model)
         self.autocast = contextlib.nullcontext if self.exact else autocast
         self._weights = _some_weights(model) if gradients and not is_sharded(model) else {}
-        self.own_logits: list[Tensor] = []  # of every sequence
+        self.own_prompt_logits: Tensor | None = None  # of the first sequence
 
     @functools.cached_property
     def truth(self) -> _Found:
@@ -211,15 +211,18 @@ class _Probe:
 
     def _alone(self, group: PreferenceGroup, completion: Sequence[int]) -> Tensor:
         targets, logits = self._tokens(completion), self.logits([*group.prompt_ids, *completion])
-        self.own_logits.append(logits.detach())
+        if self.own_prompt_logits is None:
+            self.own_prompt_logits = logits[: len(group.prompt_ids)].detach()
         rows = logits[len(group.prompt_ids) - 1 : -1].float()
         return rows.log_softmax(-1).gather(1, targets.to(rows.device)[:, None])[:, 0]
 
     @torch.no_grad()
-    def again(self) -> Tensor:  # [L, V]
-        """Return what the model says of the first sequence in another run."""
+    def prompt_logits(self, end: int = 0) -> Tensor:  # [L, V]
+        """Return what the model says in the first prompt, before its first completion with the last token `end`."""
+        group = self.groups[0]
         with self._by_its_own_attention():
-            return self.logits([*self.groups[0].prompt_ids, *self.groups[0].completion_ids[0]])
+            ids = [*group.prompt_ids, *group.completion_ids[0][:-1], group.completion_ids[end][-1]]
+            return self.logits(ids)[: len(group.prompt_ids)]
 
     def _by_its_own_attention(self) -> contextlib.AbstractContextManager[None]:
         base = base_of(self.model)
@@ -290,13 +293,19 @@ def _groups_of(base: PreTrainedModel, max_length: float) -> list[list[Preference
         ids = [part.tolist() for part in parts]
         return PreferenceGroup(ids[0], ids[1:], (), ())
 
-    short = [group(*lengths) for lengths in _SHORT]
+    short = [group(*_within(max_length, *lengths)) for lengths in _SHORT]
     longest = max(prompt + max(completions) for prompt, completions in _SHORT)
     device, size = next(base.parameters()).device, sum(weight.numel() for weight in base.parameters())
     affordable = min(_TOKENS.get(device.type, 4200), _FLOPS.get(device.type, 1e13) / (6 * size))
     most = min(max_length, affordable - max(_BEYOND))
     limits = [limit for limit in _limits(config) if longest < limit + max(_BEYOND) and limit < most]
     return [short, *([group(max(limits) - 3, _BEYOND)] for _ in limits[:1])]
+
+
+def _within(max_length: float, prompt: int, completions: Sequence[int]) -> tuple[int, list[int]]:
+    """Return lengths of a group whose sequences are no longer than `max_length`."""
+    prompt = max(1, int(min(prompt, max_length // 2)))
+    return prompt, [max(1, int(min(length, max_length - prompt))) for length in completions]
 
 
 def _limits(config: PretrainedConfig) -> list[int]:
@@ -341,20 +350,19 @@ def _refuse_unusable(probe: _Probe, training: bool) -> None:
             f"model: {name} does not run on tokens alone ({type(error).__name__}: {error}); give a causal language "
             "model"
         ) from error
-    one, other, again = probe.own_logits[0], probe.own_logits[1], probe.again()
-    if _off(again, one, probe.exact) is not None:
-        path, module = first_random_module(probe.model, probe.again)
+    if _off(probe.prompt_logits(end=1), probe.own_prompt_logits, probe.exact) is None:
+        return
+    path, module = first_random_module(probe.model, probe.prompt_logits)
+    if module is not None:
         cure = "set its rate to 0, in the model's configuration too, or give disable_dropout=False"
         raise InputError(
             f"model: {path} ({type(module).__name__}) is random, although every rate that was found is 0; "
             f"{cure if training else 'its log-probs would be one draw of many'}"
         )
-    prompt = len(probe.groups[0].prompt_ids)
-    if _off(one[:prompt], other[:prompt], probe.exact) is not None:
-        raise InputError(
-            f"model: {name} looks at later tokens, so it is no causal language model; set is_decoder=True in its "
-            "configuration where it has that, or take another model"
-        )
+    raise InputError(
+        f"model: {name} looks at later tokens, so it is no causal language model; set is_decoder=True in its "
+        "configuration where it has that, or take another model"
+    )
 
 
 def _cannot_share(base: PreTrainedModel, max_length: float) -> str | None:

@@ -23,29 +23,29 @@ def disable_dropout(model: nn.Module | None) -> None:
                 setattr(module, name, 0.0)
 
 
-def first_random_module(model: nn.Module, run: Callable[[], object]) -> tuple[str, nn.Module]:
-    """Return the first module that says something else of the same input in a second run, and its name."""
-    runs: list[list[tuple[str, nn.Module, Tensor | None, Tensor | None]]] = []
+def first_random_module(model: nn.Module, run: Callable[[], object]) -> tuple[str, nn.Module | None]:
+    """Return the first module that says something else of the same input in a second run, and its name; or None."""
+    runs: list[dict[str, tuple[Tensor | None, Tensor | None]]] = []
     handles = [
         module.register_forward_hook(
-            lambda module, given, output, name=name: runs[-1].append(
-                (name, module, _first_tensor(given), _first_tensor(output))
-            )
+            lambda _, given, output, name=name: runs[-1].update({name: (_first_tensor(given), _first_tensor(output))})
         )
         for name, module in model.named_modules()
     ]
     try:
         for _ in range(2):
-            runs.append([])
+            runs.append({})
             run()
     finally:
         for handle in handles:
             handle.remove()
-    for (name, module, given, one), (_, _, given_again, other) in zip(*runs, strict=False):
+    first, second = runs
+    for name, (given, output) in first.items():
+        given_again, output_again = second.get(name, (given, None))  # a layer may be left out at random
         alike = given is None or given_again is None or torch.equal(given, given_again)
-        if one is not None and other is not None and alike and not torch.equal(one, other):
-            return name, module
-    return "", model
+        if alike and output is not None and (output_again is None or not torch.equal(output, output_again)):
+            return name, model.get_submodule(name)
+    return "", None
 
 
 def _first_tensor(output: object) -> Tensor | None:

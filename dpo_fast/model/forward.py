@@ -75,12 +75,16 @@ class ModelState:
         head_form: how logits come from hidden states; None where the model's own forward makes them.
         frequency_limit: tokens of a sequence up to which rotary frequencies do not depend on its length.
         late_check: what compares the packed forward with the model's own as soon as weights are at hand; else None.
+        is_noisy: whether the embeddings have noise in training, whose size depends on the length of a row.
+        row_lengths: int64 [S], tokens of the rows that run, where it is noisy.
     """
 
     forward: Callable[..., Any]
     head_form: HeadForm | None
     frequency_limit: float
     late_check: Callable[[PreTrainedModel], None] | None = None
+    is_noisy: bool = False
+    row_lengths: Tensor | None = None
 
 
 def add_dpo_forward(model: PreTrainedModel) -> None:
@@ -130,6 +134,8 @@ def _packed_forward(model: PreTrainedModel, packed: PackedBatch, aux_loss: bool,
     longer = packed.longest > model.dpo_fast.frequency_limit
     arguments = {"use_cache": False, "return_dict": True, **({"output_router_logits": True} if aux_loss else {})}
     arguments |= _inputs_of(packed, with_positions=longer)
+    if model.dpo_fast.is_noisy and packed.attention_mask is not None:
+        model.dpo_fast.row_lengths = packed.attention_mask.sum(dim=1)
     heads, form = linear_heads(model), model.dpo_fast.head_form
     with own_frequencies(model) if longer else contextlib.nullcontext():
         if form is None or not heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from dpo_fast.model.adapters import prepare_peft
 from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.engines import autocast_of_training
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_policy(
@@ -60,8 +63,15 @@ def settle_layout(
         settle_forward, max_length=args.max_length or math.inf, autocast=lambda: autocast_of_training(accelerator)
     )
     policy = functools.partial(settle, model, training=args.disable_dropout, aux_loss=aux_loss)
-    layout = policy(args.layout)
-    if ref_model is not None and settle(ref_model, args.layout if layout == "shared" else "padded") != layout:
+    wanted = args.layout
+    if args.neftune_noise_alpha is not None and wanted != "padded":
+        reason = f"neftune_noise_alpha={args.neftune_noise_alpha} gives every sequence noise of its own, prompt and all"
+        if wanted == "shared":
+            raise InputError(f"layout='shared' does not work, because {reason}. Use layout='padded'")
+        logger.warning("layout='auto' takes 'padded', because %s", reason)
+        wanted = "padded"
+    layout = policy(wanted)
+    if ref_model is not None and settle(ref_model, wanted if layout == "shared" else "padded") != layout:
         layout = policy("padded")
     layouts = [layout]
     broadcast_object_list(layouts)  # a rank without weights, which others will send it, has not compared

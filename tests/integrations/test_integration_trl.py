@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from causal_lms import causal_lm
 from families import tiny_model, tiny_tokenizer
 from preferences import pairs
 
@@ -77,8 +78,9 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama", "mixtral", "cohere2", "gpt2", "mamba"):
+    for family in ("llama", "mixtral", "cohere2", "gpt2", "mamba", "qwen2"):
         tiny_model(family).save_pretrained(folder / family)
+    causal_lm("bert", is_decoder=False).save_pretrained(folder / "bert")
     adapter = peft.get_peft_model(tiny_model("llama"), lora())
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
@@ -261,3 +263,24 @@ def test_a_subclass_with_a_loss_of_its_own_is_answered_from_packed_rows(folder):
     mine = trained(type("Mine", (WithALossOfItsOwn, DPOTrainer), {}), folder)
     assert_same_log(mine[0], theirs[0])
     assert mine[1] < theirs[1]
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}, {"init_lora_weights": "olora"}])
+def test_the_reference_is_the_given_model_where_an_adapter_changes_it(folder, options):
+    """TRL's own is what is left of the model without the adapter: PiSSA's first loss is not ln 2 there."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    losses = []
+    for precompute in (False, True):
+        trainer = make(
+            DPOTrainer, folder, _family="qwen2", _peft_config=config, precompute_ref_log_probs=precompute,
+            learning_rate=1e-2, beta=1.0,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0][0] == pytest.approx(0.6931472, abs=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_model_that_looks_ahead_is_left_to_trl(folder, caplog):
+    trainer = make(DPOTrainer, folder, _family="bert", max_steps=1)
+    assert trainer._packing is None and "looks at later tokens" in caplog.text

@@ -18,7 +18,10 @@ from trl.trainer.utils import use_adapter
 from dpo_fast.batches.completion_pieces import by_completion
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch
+from dpo_fast.errors import InputError
 from dpo_fast.integrations.trl.batches import PackingCollator, by_pair, pair_groups
+from dpo_fast.model.adapters import adapters_off, standing_in, weights_of_reference
+from dpo_fast.model.agreement import reference_has_adapters
 from dpo_fast.reference.reference import Reference
 
 if TYPE_CHECKING:
@@ -28,12 +31,37 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _ROWS_AT_ONCE = 256  # that are padded together on the host
 
 
-def _reference_adapter(trainer: DPOTrainer) -> contextlib.AbstractContextManager[None]:
-    """Within it the policy's adapters are the reference's: a copy named `ref` of the one that is trained, or none."""
+def keep_reference(trainer: DPOTrainer, before: Tensor | None) -> None:
+    """Keep copies of the weights of a policy in an adapter that train and that the reference reads.
+
+    Args:
+        trainer: before its first step.
+        before: what the model said before a new adapter, as `own_logps` returns it; None where it came with one.
+    """
+    trainer._reference_has_adapters = before is not None and reference_has_adapters(trainer.model, before)
+    weights = weights_of_reference(trainer.model, trainer._reference_has_adapters)
+    if weights and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise InputError(
+            "peft_config: weights that the reference reads train too (bias, or an initialisation that changes them), "
+            "and an engine puts others in their place; give bias='none', another initialisation, or ref_model=…"
+        )
+    trainer._reference_copies = [(weight, weight.detach().clone()) for weight in weights]
+
+
+@contextlib.contextmanager
+def _reference_adapter(trainer: DPOTrainer) -> Iterator[None]:
+    """Within it the policy is the reference: with a copy named `ref` of its adapter, or as it was before training."""
     if trainer.ref_model is not None or not is_peft_model(trainer.model):
-        return contextlib.nullcontext()
+        yield
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+    with contextlib.ExitStack() as reference:
+        if "ref" in model.peft_config:
+            reference.enter_context(use_adapter(model, adapter_name="ref"))
+        elif not trainer._reference_has_adapters:
+            reference.enter_context(adapters_off(model))
+        reference.enter_context(standing_in(trainer._reference_copies))
+        yield
 
 
 # ---- up front, from the store ----
@@ -48,7 +76,8 @@ def with_stored_reference(trainer: DPOTrainer, dataset: Dataset, name: str, layo
     collator = trainer.data_collator
     groups = _groups_of(dataset, collator.collator if isinstance(collator, PackingCollator) else collator)
     model = trainer.ref_model or trainer.model
-    adapters = trainer.ref_model is not None or "ref" in getattr(model, "peft_config", {})
+    own = trainer.ref_model is not None or trainer._reference_has_adapters
+    adapters = own or "ref" in getattr(model, "peft_config", {})
     with _reference_adapter(trainer) if adapters else contextlib.nullcontext():
         reference = Reference(
             model,

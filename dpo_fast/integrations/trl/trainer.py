@@ -9,26 +9,28 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import dpo_trainer
 
-from dpo_fast.batches.groups import Layout
 from dpo_fast.batches.packing import PackedBatch
+from dpo_fast.errors import InputError
 from dpo_fast.integrations.trl.batches import PACKED, CannotPackError, Packing, PackingCollator
 from dpo_fast.integrations.trl.forward import answer_padded_rows
 from dpo_fast.integrations.trl.objective import objective_of
-from dpo_fast.integrations.trl.reference import reference_logps, with_stored_reference
+from dpo_fast.integrations.trl.reference import keep_reference, reference_logps, with_stored_reference
 from dpo_fast.machine import keep_freed_memory
+from dpo_fast.model.adapters import base_of
+from dpo_fast.model.agreement import own_logps, settle_forward
 from dpo_fast.model.dropout import disable_dropout
-from dpo_fast.model.forward import prepare_forward
+from dpo_fast.model.engines import autocast_of_training
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast_kernels import SequenceLoss
 
@@ -38,7 +40,11 @@ logger = logging.getLogger(__name__)
 STOCK = {
     name: vars(dpo_trainer.DPOTrainer)[name] for name in ("__init__", "_precompute_ref_logps", "_compute_loss", "log")
 }
-ADDED = ("_packing",)  # what DPOTrainer has besides, and its methods read
+ADDED = (
+    "_packing",
+    "_reference_has_adapters",
+    "_reference_copies",
+)  # what DPOTrainer has besides, and its methods read
 
 
 # ---- what can be accelerated ----
@@ -47,7 +53,7 @@ ADDED = ("_packing",)  # what DPOTrainer has besides, and its methods read
 def _obstacle(trainer: dpo_trainer.DPOTrainer) -> str | None:
     """Why a trainer runs TRL's own path, to go on after 'because'; None when nothing speaks against ours."""
     model, plan = trainer.model, trainer.accelerator.parallelism_config
-    base = _base(model)
+    base = base_of(model)
     if trainer._is_vision_dataset or trainer._is_vlm:
         return "it trains on images, or a model of them"
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
@@ -58,16 +64,14 @@ def _obstacle(trainer: dpo_trainer.DPOTrainer) -> str | None:
         return "its rows or weights are split by tensor, context or sequence parallelism"
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         return "device_map spreads the model over several devices"
+    if trainer.args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha gives every sequence noise of its own, prompt and all"
     if not trainer.args.disable_dropout and any(
         isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout
         for module in base.modules()
     ):
         return "its attention has dropout; set disable_dropout=True"
     return None
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _say_once(trainer: dpo_trainer.DPOTrainer, what: str, reason: object) -> None:
@@ -82,28 +86,54 @@ def _packed_forward(trainer: dpo_trainer.DPOTrainer) -> Iterator[None]:
 
     There the models have their final form and are not sharded yet, and the reference pass is still to come.
     """
-    stock, layouts = dpo_trainer.add_fused_lm_head, []
+    add_fused_lm_head, get_peft_model = dpo_trainer.add_fused_lm_head, dpo_trainer.get_peft_model
+    before: list[Tensor] = []
+
+    def put_on_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        before.append(own_logps(model))
+        return get_peft_model(model, *args, **kwargs)
 
     def add_heads(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        stock(model, *args, **kwargs)
-        reason = _obstacle(trainer)
+        add_fused_lm_head(model, *args, **kwargs)
+        is_policy = model is base_of(trainer.model)
+        reason = _obstacle(trainer) or _settle(trainer, trainer.model if is_policy else model)
         if reason is not None:
             _say_once(trainer, "training runs", reason)
+            trainer._packing = None
             return
-        layout = prepare_forward(_base(model), "auto")
-        if trainer.args.disable_dropout:
-            disable_dropout(model)
-        layouts.append(layout)
-        pad_token_id = trainer._tokenizer.pad_token_id
-        answer_padded_rows(_base(model), Packing(layout, pad_token_id), kwargs.get("outputs", ("log_probs",)))
-        both: Layout = "shared" if set(layouts) == {"shared"} else "padded"
-        trainer._packing = Packing(both, pad_token_id, split_for_ld_dpo=trainer.ld_alpha is not None)
+        if is_policy and is_peft_model(trainer.model) and trainer.ref_model is None:
+            keep_reference(trainer, before[0] if before else None)
+        whole = dataclasses.replace(trainer._packing, split_for_ld_dpo=False)
+        answer_padded_rows(model, whole, kwargs.get("outputs", ("log_probs",)))
 
-    dpo_trainer.add_fused_lm_head = add_heads
+    dpo_trainer.add_fused_lm_head, dpo_trainer.get_peft_model = add_heads, put_on_adapter
     try:
         yield
     finally:
-        dpo_trainer.add_fused_lm_head = stock
+        dpo_trainer.add_fused_lm_head, dpo_trainer.get_peft_model = add_fused_lm_head, get_peft_model
+
+
+def _settle(trainer: dpo_trainer.DPOTrainer, model: nn.Module) -> str | None:
+    """Give the policy, or then the reference, the packed forward in one layout; return why not, or None."""
+    args, before = trainer.args, trainer._packing
+    settle = functools.partial(
+        settle_forward,
+        max_length=args.max_length or math.inf,
+        autocast=lambda: autocast_of_training(trainer.accelerator),
+    )
+    if args.disable_dropout:
+        disable_dropout(model)
+    try:
+        if model is trainer.model:
+            layout = settle(model, "auto", training=args.disable_dropout, aux_loss=trainer.aux_loss_enabled)
+        else:
+            layout = settle(model, "padded" if before is None or before.layout == "padded" else "auto")
+            if before is not None and layout != before.layout:
+                settle(trainer.model, layout)
+    except InputError as error:
+        return str(error)
+    trainer._packing = Packing(layout, trainer._tokenizer.pad_token_id, trainer.ld_alpha is not None)
+    return None
 
 
 def _packed(trainer: dpo_trainer.DPOTrainer, inputs: Mapping[str, Any]) -> PackedBatch | None:
@@ -131,6 +161,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     # What is defined here also goes into TRL's own class (patch_trl), so methods name what they extend: super() would
     # not find it there. None: TRL's own path.
     _packing: Packing | None = None
+    # What the reference of a policy in an adapter is made of.
+    _reference_has_adapters = False
+    _reference_copies: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
     @functools.wraps(STOCK["__init__"])
     def __init__(self, *args: Any, **kwargs: Any):
