@@ -26,11 +26,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from dpo_fast.batches.groups import Layout, PreferenceGroup
-from dpo_fast.batches.packing import PackedBatch, empty_pack
+from dpo_fast.batches.packing import PackedBatch, empty_pack, pack
 from dpo_fast.data.columns import KEY_COLUMNS, token_tables
 from dpo_fast.errors import InputError
 from dpo_fast.machine import cache_dir
-from dpo_fast.model.adapters import adapters_off, standing_in, weights_of_reference
+from dpo_fast.model.adapters import adapters_off, base_of, standing_in, weights_of_reference
 from dpo_fast.model.engines import (
     autocast_of_training,
     dtype_of_engine,
@@ -39,6 +39,7 @@ from dpo_fast.model.engines import (
     weights_at_hand,
     weights_in,
 )
+from dpo_fast.model.probes import probe_groups
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
@@ -120,8 +121,16 @@ class Reference:
         """Keep copies of weights that train and that the reference reads; return whether that is enough."""
         weights = weights_of_reference(self.model, self._adapters)
         self._copies = [(weight, weight.detach().clone()) for weight in weights]
-        engines = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # put other weights in the place of these
-        return not weights or self._accelerator.distributed_type not in engines
+        if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return not weights  # an engine puts others in their place
+        if any(weight.is_meta for weight in self.model.parameters()):
+            return True
+        packed = pack(probe_groups(base_of(self.model))[0], self._layout)
+        with on_device(self.model, self._accelerator.device):
+            before = self._run(packed)
+            training = [weight for weight in self.model.parameters() if weight.requires_grad]
+            with standing_in([(weight, weight.data * 1.25 + 0.125) for weight in training]):
+                return torch.equal(self._run(packed), before)
 
     @functools.cached_property
     def store(self) -> ReferenceStore:

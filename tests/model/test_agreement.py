@@ -6,15 +6,20 @@ The truth is computed here, from `model(input_ids=one sequence).logits`, not by 
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from causal_lms import BUILDABLE, causal_lm
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import pack
+from dpo_fast.model import agreement, forward
 from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.dropout import disable_dropout
+from dpo_fast.model.head import HeadForm
+from dpo_fast_kernels import LogitTransform
 
 # They look at later tokens, are random without a rate that could be set, or treat a row by its length.
 REFUSED = {"big_bird", "cpmant", "doge", "prophetnet", "reformer", "xlm", "xlnet"}
@@ -80,3 +85,161 @@ def test_every_causal_language_model(kind):
     assert kind not in REFUSED
     rows = groups(torch.Generator().manual_seed(3))
     assert_same(model, layout, rows)
+
+
+# ---- the comparison speaks where a fix is taken out ----
+
+
+def said(caplog, function) -> str:
+    """What is said or raised."""
+    caplog.clear()
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return caplog.text
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "cohere2", "granite", "modernbert-decoder", "minicpm3"])
+def test_a_head_that_is_read_wrongly(monkeypatch, caplog, kind):
+    monkeypatch.setattr(forward, "read_head", lambda model: HeadForm("model", LogitTransform()))
+    text = said(caplog, lambda: settle_forward(causal_lm(kind), "auto"))
+    assert "makes its logits by itself" in text and "nat away from the model's own" in text
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "qwen2_moe"])
+def test_a_window_that_is_in_the_mask_alone(monkeypatch, caplog, kind):
+    assert "sees 7 of 200 tokens" in said(caplog, lambda: settle_forward(causal_lm(kind), "auto", max_length=200))
+    monkeypatch.setattr(agreement, "hidden_window", lambda *args: None)
+    assert "nat away" in said(caplog, lambda: settle_forward(causal_lm(kind), "auto", max_length=200))
+
+
+def test_a_long_window_is_seen_in_a_short_run(caplog):
+    model = causal_lm("phimoe", sliding_window=5000)
+    assert "sees 5000 of 9000 tokens" in said(caplog, lambda: settle_forward(model, "auto", max_length=9000))
+    assert settle_forward(causal_lm("mistral", sliding_window=5000), "auto", max_length=9000) == "shared"
+    assert settle_forward(causal_lm("phimoe", sliding_window=5000), "auto", max_length=5000) == "shared"
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_frequencies_of_a_batch(monkeypatch, caplog, rope):
+    monkeypatch.setattr(forward, "frequency_limit", lambda model: math.inf)
+    options = {"rope_type": rope, "rope_theta": 100.0, "factor": 4.0}
+    if rope == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+        options |= {"original_max_position_embeddings": 22, **factors}
+    model = causal_lm("llama", max_position_embeddings=22, rope_parameters=options)
+    assert "nat away" in said(caplog, lambda: settle_forward(model, "auto", max_length=100))
+
+
+def test_dropout_that_is_not_turned_off():
+    with pytest.raises(ValueError, match=r"model\.decoder\S* \(\w+\) is random"):
+        settle_forward(causal_lm("opt"), "auto", training=True)
+
+
+def test_a_head_whose_copy_trains(monkeypatch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(causal_lm("llama"), config)
+    assert settle_forward(model, "auto") == "shared"
+    score = forward._Scoring.hidden
+    original = model.get_base_model().lm_head.original_module
+    monkeypatch.setattr(
+        forward._Scoring, "hidden", lambda self, module, *args, **kw: score(self, original, *args, **kw)
+    )
+    with pytest.raises(ValueError, match=r"layout='shared' does not work.*the gradient of \S*lm_head\.modules_to_save"):
+        settle_forward(model, "shared")
+
+
+def test_a_load_balancing_loss_that_is_not_the_models_own(monkeypatch, caplog):
+    loss = forward._load_balancing_loss
+    assert settle_forward(causal_lm("mixtral"), "auto", aux_loss=True) == "shared"
+    monkeypatch.setattr(forward, "_load_balancing_loss", lambda *args: 1.1 * loss(*args))
+    text = said(caplog, lambda: settle_forward(causal_lm("mixtral"), "auto", aux_loss=True))
+    assert "the load-balancing loss comes out as" in text
+
+
+# ---- how it goes back, and when ----
+
+
+def test_an_explicit_layout_is_kept_or_refused(caplog):
+    with pytest.raises(ValueError, match="layout='shared' does not work for MambaForCausalLM"):
+        settle_forward(causal_lm("mamba"), "shared")
+    model = causal_lm("llama")
+    before = model.config._attn_implementation
+    caplog.clear()
+    assert settle_forward(model, "padded") == "padded" and model.config._attn_implementation == before
+    assert caplog.text == ""
+
+
+def test_each_step_back_is_said_once_with_its_reason(caplog):
+    settle_forward(causal_lm("modernbert-decoder"), "padded")
+    settle_forward(causal_lm("mamba"), "auto")
+    first, second = (record.getMessage() for record in caplog.records if record.name.startswith("dpo_fast"))
+    assert first.startswith("ModernBertDecoderForCausalLM makes its logits by itself, which is slower")
+    assert second.startswith("layout='auto' takes 'padded' for MambaForCausalLM, because its layers carry")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoehybrid"])
+def test_layers_without_experts_have_no_load_balancing_loss(kind):
+    dense = {"mlp_only_layers": [0, 1, 2, 3]} if kind == "qwen3_moe" else {"num_local_experts": 0}
+    model = causal_lm(kind, **dense)
+    layout = settle_forward(model, "auto", aux_loss=True)
+    output = model(packed=pack(groups(torch.Generator().manual_seed(0)), layout), aux_loss=True)
+    assert output.aux_loss is None or float(output.aux_loss) == 0
+
+
+def test_weights_that_come_later_are_compared_in_the_first_packed_forward(monkeypatch):
+    rows = groups(torch.Generator().manual_seed(0))
+    given = causal_lm("llama")
+    with torch.device("meta"):
+        model = type(given)(given.config)
+    assert settle_forward(model, "auto") == "shared"
+    model.to_empty(device="cpu")
+    model.load_state_dict(given.state_dict())
+    model.model.rotary_emb = given.model.rotary_emb
+    calls = []
+    compare = agreement._difference
+    monkeypatch.setattr(agreement, "_difference", lambda *args: calls.append(args) or compare(*args))
+    for _ in range(2):
+        model(packed=pack(rows))
+    assert len(calls) == 1
+    assert_same(model, "shared", rows)
+
+
+def test_late_weights_that_disagree_are_refused(monkeypatch):
+    given = causal_lm("llama")
+    with torch.device("meta"):
+        model = type(given)(given.config)
+    settle_forward(model, "auto")
+    model.to_empty(device="cpu")
+    model.load_state_dict(given.state_dict())
+    model.model.rotary_emb = given.model.rotary_emb
+    model.dpo_fast.head_form = HeadForm("model", LogitTransform(scale=1.5))
+    with pytest.raises(ValueError, match="layout='shared' does not work for LlamaForCausalLM: log-probs.*padded"):
+        model(packed=pack(groups(torch.Generator().manual_seed(0))))
+
+
+def test_a_model_is_left_as_it_was():
+    model = causal_lm("gemma2").train()
+    model.model.layers[1].eval()
+    model.gradient_checkpointing_enable()
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    settle_forward(model, "padded", training=True)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and not model.model.layers[1].training and model.is_gradient_checkpointing
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_comparison_takes_two_seconds_at_most_for_135_million_weights(capsys):
+    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(vocab_size=49152, intermediate_size=1536, tie_word_embeddings=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    began = time.perf_counter()
+    assert settle_forward(model, "auto", training=True, max_length=1024) == "shared"
+    seconds = time.perf_counter() - began
+    with capsys.disabled():
+        print(f"\ncompared with the model's own logits in {seconds:.2f} s")
+    assert seconds <= 2
