@@ -36,6 +36,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from dpo_fast.errors import InputError
 from dpo_fast.model.adapters import base_of
 from dpo_fast.model.compilation import is_compiled
+from dpo_fast.model.frequencies import frequency_limit
 from dpo_fast.model.head import read_head
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
@@ -321,6 +322,8 @@ def reference_description(
         "experts": getattr(config, "_experts_implementation", None),
         "config": _model_settings(config),
     }
+    if math.isfinite(frequency_limit(base)):
+        description["frequencies"] = "of each sequence alone"
     if is_compiled(base):
         description["compiled"] = True
     if adapters and (settings := _adapter_settings(model)):

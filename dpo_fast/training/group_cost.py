@@ -54,7 +54,10 @@ class GroupCost:
         outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
         body = (parameter for parameter in model.parameters() if id(parameter) not in outside)
         parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in body)
-        return cls(parameters, config.hidden_size, config.num_hidden_layers, vocabulary_size(model), layout)
+        head = model.get_output_embeddings().weight
+        hidden_size = getattr(head, "ds_shape", head.shape)[-1]
+        layers = getattr(config, "num_hidden_layers", 1)  # which a model of several decoders does not have
+        return cls(parameters, hidden_size, layers, vocabulary_size(model), layout)
 
     def __call__(self, prompt: int, completions: Sequence[int]) -> int:
         """Returns the cost of a group from the tokens of its prompt and of its completions."""

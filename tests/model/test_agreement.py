@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from causal_lms import BUILDABLE, causal_lm
@@ -20,6 +21,8 @@ from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.head import HeadForm
 from dpo_fast_kernels import LogitTransform
+from model_table import PAGE, page
+from preferences import logged, make_trainer, pairs
 
 # They look at later tokens, are random without a rate that could be set, or treat a row by its length.
 REFUSED = {"big_bird", "cpmant", "doge", "prophetnet", "reformer", "xlm", "xlnet"}
@@ -243,3 +246,20 @@ def test_the_comparison_takes_two_seconds_at_most_for_135_million_weights(capsys
     with capsys.disabled():
         print(f"\ncompared with the model's own logits in {seconds:.2f} s")
     assert seconds <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in BUILDABLE if kind not in REFUSED])
+def test_training_begins_at_ln_2(tmp_path, kind):
+    trainer = make_trainer(tmp_path, pairs(4), model=causal_lm(kind), max_steps=2)
+    trainer._aux_loss_weight = 0.0  # else it is part of the loss
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(trainer, "loss")[1] < math.log(2)
+
+
+@pytest.mark.slow
+def test_the_table_of_models_is_current():
+    if f"transformers {transformers.__version__}," not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip("the page is that of another release")
+    assert page() == PAGE.read_text(encoding="utf-8"), "run python tests/model_table.py"
