@@ -17,7 +17,7 @@ from dpo_fast.errors import InputError
 from dpo_fast.model.adapters import prepare_peft
 from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
 from dpo_fast.model.dropout import disable_dropout
-from dpo_fast.model.engines import autocast_of_training
+from dpo_fast.model.engines import autocast_of_training, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def settle_layout(
             raise InputError(f"layout='shared' does not work, because {reason}. Use layout='padded'")
         logger.warning("layout='auto' takes 'padded', because %s", reason)
         wanted = "padded"
-    layout = policy(wanted)
+    with on_device(model, args.device):
+        layout = policy(wanted)
     if ref_model is not None and settle(ref_model, wanted if layout == "shared" else "padded") != layout:
         layout = policy("padded")
     layouts = [layout]
