@@ -23,7 +23,19 @@ from dpo_fast.model.attention import ATTENTION_NAME, hidden_window, implementati
 from dpo_fast.model.dropout import first_random_module
 from dpo_fast.model.engines import weights_at_hand
 from dpo_fast.model.forward import add_dpo_forward
-from dpo_fast.model.probes import FAR, Context, Probe, is_exact, probe_groups, undisturbed
+from dpo_fast.model.probes import (
+    EXACT,
+    FAR,
+    NATIVE,
+    ROUNDED,
+    Context,
+    Found,
+    Probe,
+    exactly,
+    is_exact,
+    probe_groups,
+    undisturbed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +74,7 @@ def settle_forward(
     if base.dpo_fast.head_form is None:
         logger.warning(_OWN_LOGITS, type(base).__name__, "its head is more than one product with a weight")
     with weights_at_hand(model), undisturbed(model, training):
-        short, *long = probe_groups(base, max_length)
-        probes = [
-            Probe(model, short, autocast, gradients=True, aux_loss=aux_loss),
-            *(Probe(model, groups, autocast) for groups in long),
-        ]
+        probes = _probes(model, max_length, aux_loss, autocast)
         _refuse_unusable(probes[0], training)
         if layout != "padded":
             reason = _share(base, probes, max_length)
@@ -87,6 +95,21 @@ def settle_forward(
     return "padded"
 
 
+def _probes(model: nn.Module, max_length: float, aux_loss: bool, autocast: Context) -> list[Probe]:
+    """Return what is compared: in fp32, and where weights are not, gradients in the arithmetic of training too."""
+    short, *long = probe_groups(base_of(model), max_length)
+    exact = is_exact(model)
+    in_fp32 = functools.partial(Probe, model, arithmetic=lambda: exactly(model), bound=EXACT if exact else ROUNDED)
+    probes = [in_fp32(short, gradients=exact, aux_loss=aux_loss), *(in_fp32(groups) for groups in long)]
+    if exact:
+        return probes
+    try:
+        probes[0].truth  # noqa: B018 (tried)
+    except Exception:  # a model that must not be in fp32
+        probes = []
+    return [*probes, Probe(model, short, autocast, bound=NATIVE, gradients=True, aux_loss=aux_loss)]
+
+
 def use_shared_prefix(model: PreTrainedModel) -> None:
     """Switch `model` to shared-prefix attention for packed rows, if that says what the model itself says.
 
@@ -103,7 +126,8 @@ def own_logps(model: nn.Module) -> Tensor:
     if any(weight.is_meta for weight in model.parameters()):
         return torch.empty(0)
     with weights_at_hand(model), undisturbed(model, training=False):
-        return Probe(model, probe_groups(base_of(model), max_length=FAR)[0], contextlib.nullcontext).truth.logps
+        groups = probe_groups(base_of(model))[0]
+        return Probe(model, groups, contextlib.nullcontext, bound=EXACT).truth.logps
 
 
 def reference_has_adapters(
@@ -120,7 +144,7 @@ def reference_has_adapters(
     """
     with adapters_off(model):
         without = own_logps(model)
-    if _off(without, before, exact=True) is None:
+    if EXACT.difference(without, before) is None:
         return False
     if (own_logps(model) - before).abs().max() <= (0.01 if is_exact(model) else 0.5):
         return True
@@ -145,7 +169,8 @@ def _settle_later(base: PreTrainedModel, layout: str, max_length: float) -> Layo
 def _check_late(base: PreTrainedModel, layout: Layout, max_length: float) -> None:
     with torch.no_grad(), undisturbed(base, training=base.training):
         groups = probe_groups(base, max_length)[0]
-        probes = [Probe(base, groups, contextlib.nullcontext, run=base.forward)]  # inside the call of an engine
+        bound = EXACT if is_exact(base) else NATIVE
+        probes = [Probe(base, groups, contextlib.nullcontext, bound=bound, run=base.forward)]  # inside an engine's call
         reason = _difference(probes, layout)
     if reason is not None:
         other = "pack(groups, layout='padded')" if layout == "shared" else "another model"
@@ -158,14 +183,8 @@ def _check_late(base: PreTrainedModel, layout: Layout, max_length: float) -> Non
 def _refuse_unusable(probe: Probe, training: bool) -> None:
     """Refuse a model that does not run on tokens alone, that is random, or whose log-probs depend on later tokens."""
     name = type(base_of(probe.model)).__name__
-    try:
-        probe.truth  # noqa: B018 (computed here)
-    except Exception as error:
-        raise InputError(
-            f"model: {name} does not run on tokens alone ({type(error).__name__}: {error}); give a causal language "
-            "model"
-        ) from error
-    if _off(probe.prompt_logits(other_end=True), probe.own_prompt_logits, probe.exact) is None:
+    _own(probe)
+    if probe.bound.difference(probe.prompt_logits(other_end=True), probe.own_prompt_logits) is None:
         return
     path, module = first_random_module(probe.model, probe.prompt_logits)
     if module is not None:
@@ -178,6 +197,17 @@ def _refuse_unusable(probe: Probe, training: bool) -> None:
         f"model: {name} looks at later tokens, so it is no causal language model; set is_decoder=True in its "
         "configuration where it has that, or take another model"
     )
+
+
+def _own(probe: Probe) -> Found:
+    """Return what the model itself says, or refuse a model that does not run on tokens alone."""
+    try:
+        return probe.truth
+    except Exception as error:
+        raise InputError(
+            f"model: {type(base_of(probe.model)).__name__} does not run on tokens alone ({type(error).__name__}: "
+            f"{error}); give a causal language model"
+        ) from error
 
 
 def _cannot_share(base: PreTrainedModel, max_length: float) -> str | None:
@@ -195,7 +225,7 @@ def _share(base: PreTrainedModel, probes: Sequence[Probe], max_length: float) ->
         return reason
     restore = implementations(base)
     for probe in probes:
-        probe.truth  # noqa: B018 (taken before the switch)
+        _own(probe)  # before the switch
     try:
         base.set_attn_implementation(ATTENTION_NAME)
         with torch.no_grad():
@@ -211,30 +241,20 @@ def _share(base: PreTrainedModel, probes: Sequence[Probe], max_length: float) ->
 def _difference(probes: Sequence[Probe], layout: Layout) -> str | None:
     """Return how packed batches in `layout` differ from what the model itself says; None where they do not."""
     for probe in probes:
-        truth = probe.truth
+        truth = _own(probe)
         try:
             found = probe.packed(layout)
         except Exception as error:
             return f"it fails on a {layout} batch ({type(error).__name__}: {error})"
-        off = _off(found.logps, truth.logps, probe.exact)
+        off = probe.bound.difference(found.logps, truth.logps)
         if off is not None:
             return f"log-probs of tokens come out up to {off:.2g} nat away from the model's own"
         most = max((gradient.norm() for gradient in truth.gradients.values()), default=torch.tensor(0.0))
         for name, gradient in truth.gradients.items():
             error = (found.gradients[name] - gradient).norm()
-            if not error <= (1e-3 if probe.exact else 0.1) * (gradient.norm() + 0.01 * most):
+            if not error <= probe.bound.gradient * (gradient.norm() + 0.05 * most):
                 return f"the gradient of {name} comes out {error / gradient.norm():.1%} away from the model's own"
         ours, own = (0.0 if aux is None else float(aux) for aux in (found.aux_loss, truth.aux_loss))
-        if abs(ours - own) > (1e-3 if probe.exact else 0.05) * abs(own):
+        if abs(ours - own) > probe.bound.gradient * abs(own):
             return f"the load-balancing loss comes out as {ours:.4g}, and the model's own is {own:.4g}"
     return None
-
-
-def _off(found: Tensor, truth: Tensor, exact: bool) -> float | None:
-    """Return the largest difference in nats, if rounding does not explain it."""
-    error = (found.to(truth.device) - truth).abs()
-    if exact:
-        fine = (error <= 1e-4 + 1e-5 * truth.abs()).all()
-    else:
-        fine = error.max() <= 0.5 and error.square().mean().sqrt() <= 0.1
-    return None if fine else float(error.max())

@@ -215,6 +215,8 @@ class _Scoring(NamedTuple):
     def hidden(self, module: nn.Module, hidden: Tensor, transform: LogitTransform) -> dict[str, Tensor | None]:
         """Score hidden rows [N, H]; `module` is the head that runs, its parameters are at hand."""
         packed, head = self.packed, Head(module.weight, getattr(module, "bias", None), transform)
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(head.weight.dtype)  # as a model does whose layers end in fp32
         options = {"transform": transform, "statistics": self.statistics, "shards": head.shards}
         if self.loss is None:
             rows = linear_logps(hidden, head.weight, packed.targets, head.bias, cu_scores=packed.cu_scores, **options)

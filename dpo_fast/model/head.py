@@ -125,7 +125,7 @@ def _run_on_stubs(model: PreTrainedModel, decoder: nn.Module) -> tuple[float | N
         return None, products
     factor = read[0].flatten()[0].item()
     plain = factor == 1 or (factor != 0 and all(getattr(part, "bias", None) is None for part in linear_heads(model)))
-    return factor if plain and torch.allclose(read[0], factor * hidden) else None, logits
+    return factor if plain and torch.allclose(read[0].float(), factor * hidden) else None, logits
 
 
 def _formula(logits: Tensor, config: PretrainedConfig) -> LogitTransform | None:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.model.adapters import base_of
 from dpo_fast.model.attention import attending_by
-from dpo_fast.model.engines import is_sharded
+from dpo_fast.model.engines import is_sharded, weights_in
 from dpo_fast.model.frequencies import forget_lengths
 from dpo_fast.model.loading import vocabulary_size
 
@@ -42,19 +42,48 @@ class Found:
     aux_loss: Tensor | None = None
 
 
+class Bound(NamedTuple):
+    """What rounding may do to numbers that are the same.
+
+    Attributes:
+        nats: to the log-prob of a token.
+        relative: the same, as a share of it.
+        gradient: to a gradient, as a share of it, and to the load-balancing loss.
+        of_the_worst: whether every token keeps to it, or their root mean square.
+    """
+
+    nats: float
+    relative: float
+    gradient: float
+    of_the_worst: bool = True
+
+    def difference(self, found: Tensor, truth: Tensor) -> float | None:
+        """Return the largest difference of log-probs in nats, or None where rounding explains it."""
+        error = (found.to(truth.device) - truth).abs()
+        excess = error - self.nats - self.relative * truth.abs()
+        fine = (excess <= 0).all() if self.of_the_worst else error.square().mean().sqrt() <= self.nats
+        return None if fine else float(error.max())
+
+
+EXACT = Bound(1e-4, 1e-5, 1e-3)
+ROUNDED = Bound(0.02, 5e-3, 1e-3)  # fp32, but for what a model rounds to the dtype of its weights
+NATIVE = Bound(0.5, 0.0, 0.7, of_the_worst=False)  # where a token may go to another expert
+
+
 class Probe:
     """Some groups, and what a model says of them.
 
     Args:
         model: with the packed forward, bare or in PEFT's wrapper.
         groups: what runs.
-        autocast: makes the context of a forward, where weights are not in fp32.
+        arithmetic: makes the context of a forward.
+        bound: what rounding may do in it.
         gradients: whether gradients are taken too.
         aux_loss: whether the load-balancing loss is asked for.
         run: runs the model; None for the model itself.
 
     Attributes:
-        exact: whether products are taken in fp32.
+        bound: as given.
         own_prompt_logits: [L, V], of the first prompt, once `truth` is known.
     """
 
@@ -62,15 +91,15 @@ class Probe:
         self,
         model: nn.Module,
         groups: Sequence[PreferenceGroup],
-        autocast: Context,
+        arithmetic: Context,
         *,
+        bound: Bound,
         gradients: bool = False,
         aux_loss: bool = False,
         run: Callable[..., Any] | None = None,
     ):
         self.model, self.groups, self._aux_loss, self._run = model, groups, aux_loss, run or model
-        self.exact = is_exact(model)
-        self.autocast = contextlib.nullcontext if self.exact else autocast
+        self._arithmetic, self.bound = arithmetic, bound
         self._weights = _some_weights(model) if gradients and not is_sharded(model) else {}
         self.own_prompt_logits: Tensor | None = None  # of the first sequence
 
@@ -84,7 +113,7 @@ class Probe:
     def logits(self, ids: Sequence[int]) -> Tensor:  # [L, V]
         """Return what the model says of one sequence."""
         forget_lengths(self.model)
-        with self.autocast():
+        with self._arithmetic():
             return self._run(input_ids=self._tokens([ids]), use_cache=False, return_dict=True).logits[0]
 
     def _alone(self, group: PreferenceGroup, completion: Sequence[int]) -> Tensor:
@@ -111,7 +140,7 @@ class Probe:
     def packed(self, layout: Layout) -> Found:
         """Return what packed batches in `layout` say."""
         packed = pack(self.groups, layout).to(self._device)
-        with self.autocast(), torch.set_grad_enabled(bool(self._weights)):
+        with self._arithmetic(), torch.set_grad_enabled(bool(self._weights)):
             output = self._run(packed=packed, **({"aux_loss": True} if self._aux_loss else {}))
         return self._found(output.token_logps, output.aux_loss)
 
@@ -129,7 +158,7 @@ class Probe:
     def _own_aux_loss(self) -> Tensor | None:
         packed = pack(self.groups, "padded").to(self._device)
         inputs = {"input_ids": packed.input_ids, "attention_mask": packed.attention_mask, "return_dict": True}
-        with self.autocast(), contextlib.suppress(IndexError):  # transformers' of a model without a router
+        with self._arithmetic(), contextlib.suppress(IndexError):  # transformers' of a model without a router
             return getattr(self._run(**inputs, use_cache=False, output_router_logits=True), "aux_loss", None)
         return None
 
@@ -142,10 +171,21 @@ class Probe:
 
 
 def is_exact(model: nn.Module) -> bool:
-    """Whether products are taken in fp32."""
-    weights = list(model.parameters())
-    rounds = weights[0].device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
-    return not rounds and all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    """Whether all weights are in fp32."""
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
+
+
+@contextlib.contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """Within it `model` computes in fp32, a module at a time where its weights are not. No gradients for those."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    device = next(model.parameters()).device
+    try:
+        with contextlib.nullcontext() if is_exact(model) else weights_in(model, torch.float32, device):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _some_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +215,8 @@ def probe_groups(base: PreTrainedModel, max_length: float = FAR) -> list[list[Pr
 
     short = [group(*_within(max_length, *lengths)) for lengths in _SHORT]
     longest = max(prompt + max(completions) for prompt, completions in _SHORT)
-    device, size = next(base.parameters()).device, sum(weight.numel() for weight in base.parameters())
+    device = next(base.parameters()).device
+    size = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base.parameters())
     affordable = min(_TOKENS.get(device.type, 4200), _FLOPS.get(device.type, 1e13) / (6 * size))
     most = min(max_length, affordable - max(_BEYOND))
     limits = [limit for limit in _limits(config) if longest < limit + max(_BEYOND) and limit < most]

@@ -263,3 +263,36 @@ def test_the_table_of_models_is_current():
     if f"transformers {transformers.__version__}," not in PAGE.read_text(encoding="utf-8"):
         pytest.skip("the page is that of another release")
     assert page() == PAGE.read_text(encoding="utf-8"), "run python tests/model_table.py"
+
+
+# ---- weights in bf16 ----
+
+CANNOT_RUN_IN_BF16 = {"inkling2_text", "xlstm"}  # alone, in transformers too
+SOME = {"llama", "gemma2", "gpt_oss", "hunyuan_v1_moe", "kolibri1", "mamba", "minimax", "mixtral", "opt", "xlnet"}
+
+
+def settled(model) -> str:
+    disable_dropout(model)
+    try:
+        layout = settle_forward(model, "auto", training=True, max_length=200)
+    except ValueError:
+        return "refused"
+    return f"{layout}, {'own' if model.dpo_fast.head_form is None else 'fused'} logits"
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow) for kind in BUILDABLE]
+)
+def test_rounding_of_bf16_takes_no_layout_away_and_lets_none_in(kind):
+    if kind in CANNOT_RUN_IN_BF16:
+        pytest.skip("it does not run in bf16")
+    assert settled(causal_lm(kind).to(torch.bfloat16)) == settled(causal_lm(kind))
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "phimoe"])
+def test_a_wrong_number_is_seen_in_bf16_too(monkeypatch, caplog, kind):
+    """The comparison is made in fp32, where rounding hides nothing."""
+    monkeypatch.setattr(agreement, "hidden_window", lambda *args: None)
+    monkeypatch.setattr(forward, "read_head", lambda model: HeadForm("model", LogitTransform(scale=0.5)))
+    settle_forward(causal_lm(kind).to(torch.bfloat16), "auto", max_length=200)
+    assert "nat away from the model's own" in caplog.text
