@@ -58,3 +58,8 @@ def test_training_has_the_noise_and_the_reference_does_not(tmp_path, caplog):
 def test_a_shared_prompt_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layout='shared' does not work, because neftune_noise_alpha=5.0"):
         make_trainer(tmp_path, layout="shared", neftune_noise_alpha=ALPHA)
+
+
+def test_a_loss_that_runs_a_step_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neftune_noise_alpha=5.0 does not go with .*aot"):
+        make_trainer(tmp_path, loss_type=["aot"], neftune_noise_alpha=ALPHA)
