@@ -161,7 +161,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Accepted and without effect: the reference pass packs groups up to max_tokens_per_micro_batch, "
-            "or 8192 tokens where that is unset."
+            "or 8192 tokens where that is unset, 32768 on CUDA."
         },
     )
     reference_cache_dir: str | None = field(

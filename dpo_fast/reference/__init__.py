@@ -2,6 +2,6 @@
 
 store/                        log-probs on disk
 fingerprint, fingerprint_memo what the numbers depend on
-compute, audit                running the reference on what is missing, checking what is there
+compute, readback, audit      running the reference on what is missing, checking what is there
 reference                     all of it for one model
 """

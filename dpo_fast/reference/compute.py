@@ -3,7 +3,8 @@
 Completions of one prompt run together, in whatever rows they stand, and one that occurs twice runs once. Prompts go
 longest first into batches of equal token counts under a budget. A batch depends on nothing but the prompts that are
 still to come, so a pass that was killed goes on with the very batches that it would have run, and ends with the same
-numbers bit by bit. Packing the next batch and writing the last one happen beside the running one.
+numbers bit by bit. Packing the next batch and writing the last one happen beside the running one. On a CUDA device
+another is queued behind that, so the device waits neither for the host nor for the store.
 
 A dataset is gone through in windows, which bounds the memory that the plan takes.
 """
@@ -30,6 +31,7 @@ from dpo_fast.batches.packing import PackedBatch, pack
 from dpo_fast.data.columns import WINDOW, token_tables
 from dpo_fast.errors import InputError
 from dpo_fast.reference.progress import show_pass
+from dpo_fast.reference.readback import Readback, in_order
 from dpo_fast.reference.store.keys import CompletionKeys, key_array, prompt_keys
 from dpo_fast.reference.store.store import ReferenceStore
 
@@ -39,7 +41,7 @@ RunReference = Callable[[PackedBatch], Tensor]  # a packed batch on the host →
 Column = Literal["ref_logps", "ref_token_logps"]
 Item = TypeVar("Item")
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = {"cuda": 32768}  # others: 8192
 AUDITED_GROUPS = 4
 
 
@@ -167,9 +169,10 @@ class ReferencePass:
         store: what is known already, and where the results go.
         score: runs the reference.
         layout: of the packed batches.
-        max_tokens: bound on the packed tokens of a forward pass, 8192 unless given. Where the memory does not suffice
-            it is halved.
+        max_tokens: bound on the packed tokens of a forward pass; unless given 32768 on CUDA, 8192 on other devices.
+            Where the memory does not suffice it is halved.
         shard: which prompts to run.
+        device: where the reference runs; batches for a CUDA device are in pinned memory.
 
     Attributes:
         report: what it found and did so far.
@@ -183,9 +186,11 @@ class ReferencePass:
         layout: Layout,
         max_tokens: int | None = None,
         shard: Shard = Shard(),  # noqa: B008 (frozen)
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (frozen)
     ):
         self._store, self._score, self._layout, self._shard = store, score, layout, shard
-        self._max_tokens, self._picked = max_tokens or TOKENS_PER_BATCH, random.Random()
+        self._max_tokens, self._picked = max_tokens or TOKENS_PER_BATCH.get(device.type, 8192), random.Random()
+        self._pins = device.type == "cuda"
         self.report = PassReport()
 
     def over(self, dataset: Dataset, keys: CompletionKeys, name: str) -> None:
@@ -217,9 +222,8 @@ class ReferencePass:
         units = _plan(rows, keys, found, self._layout, self._max_tokens, self._shard)
         title = name and f"Reference log-probs of {name}"
         with show_pass(title, sum(unit.cost for unit in units), "tokens") as have_run:
-            for batch, packed, logps in _lagging(self._scored(units)):
-                bounds = packed.score_layout.host_cu_scores[1:-1].tolist()
-                pieces = np.split(_numbers(logps), bounds)
+            for (batch, bounds), logps in in_order(self._scored(units)):
+                pieces = np.split(_checked(logps), bounds)
                 self._store.add(key_array([key for unit in batch for key in unit.keys]), pieces)
                 self.report.computed += len(pieces)
                 have_run(sum(unit.cost for unit in batch))
@@ -227,15 +231,16 @@ class ReferencePass:
     def _some(self, items: list[Item]) -> list[Item]:
         return self._picked.sample(items, min(AUDITED_GROUPS, len(items)))
 
-    def _scored(self, units: list[_Unit]) -> Iterator[tuple[list[_Unit], PackedBatch, Tensor]]:
-        """Yields batch after batch with its token log-probs; the next is packed meanwhile."""
+    def _scored(self, units: list[_Unit]) -> Iterator[tuple[tuple[list[_Unit], list[int]], Readback]]:
+        """Yields batches, where their completions end, and their token log-probs; the next is packed meanwhile."""
         totals = np.array([0, *accumulate(unit.cost for unit in units)])
 
         def prepare(start: int) -> tuple[int, PackedBatch | None]:
             if start == len(units):
                 return start, None
             stop = _end_of_batch(totals, start, self._max_tokens)
-            return stop, pack([unit.group for unit in units[start:stop]], self._layout)
+            packed = pack([unit.group for unit in units[start:stop]], self._layout)
+            return stop, packed.pin_memory() if self._pins else packed
 
         start = 0
         with ThreadPoolExecutor(1, thread_name_prefix="dpo_fast-pack") as executor:
@@ -244,14 +249,14 @@ class ReferencePass:
                 stop, packed = ahead.result()
                 ahead = executor.submit(prepare, stop)
                 try:
-                    logps = self._score(packed)
+                    readback = Readback(self._score(packed))
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise
                     self._shrink(packed.num_tokens, stop - start, error)
                     ahead = executor.submit(prepare, start)
                 else:
-                    yield units[start:stop], packed, logps
+                    yield (units[start:stop], packed.score_layout.host_cu_scores[1:-1].tolist()), readback
                     start = stop
 
     def _shrink(self, tokens: int, prompts: int, error: RuntimeError) -> None:
@@ -266,18 +271,7 @@ class ReferencePass:
             torch.cuda.empty_cache()
 
 
-def _lagging(items: Iterator[Item]) -> Iterator[Item]:
-    """Yields every item once its successor has begun, so that reading its results back holds nothing up."""
-    previous = next(items, None)
-    for item in items:
-        yield previous
-        previous = item
-    if previous is not None:
-        yield previous
-
-
-def _numbers(logps: Tensor) -> np.ndarray:
-    values = logps.float().cpu().numpy()
+def _checked(values: np.ndarray) -> np.ndarray:
     if np.isnan(values).any():  # kept, it would spoil every later run
         raise InputError(
             f"ref_model: {int(np.isnan(values).sum())} of a batch's {len(values)} token log-probs are NaN and were not "
