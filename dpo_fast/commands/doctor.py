@@ -124,7 +124,7 @@ def _backends(name: str | None) -> list[tuple[str, str, str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name is None:
         layout = ("layout", "depends on the model", "see dpo-fast doctor --model")
-        return [layout, ("attention", *attention_backend(device)), _head(device)]
+        return [layout, ("attention", *attention_backend(device)), *_flash(device), _head(device)]
     from dpo_fast.model.attention import sharing_obstacle
 
     model = _empty_model(name)
@@ -132,7 +132,8 @@ def _backends(name: str | None) -> list[tuple[str, str, str]]:
     if obstacle is not None:
         own = model.config._attn_implementation or "the model's own"
         layout = ("layout", "padded", f"shared is not possible: {obstacle}")
-        return [layout, ("attention", own, "padded rows keep transformers' attention"), _head(device)]
+        attention = ("attention", own, "padded rows keep transformers' attention")
+        return [layout, attention, *_flash(device), _head(device)]
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
@@ -140,8 +141,30 @@ def _backends(name: str | None) -> list[tuple[str, str, str]]:
     return [
         ("layout", "shared", "every layer that mixes tokens is attention that can share a prompt"),
         ("attention", *attention_backend(device, dtype, head_dim, softcap, getattr(config, "sliding_window", None))),
+        *_flash(device),
         _head(device),
     ]
+
+
+def _flash(device: torch.device) -> list[tuple[str, str, str]]:
+    """Which FlashAttention is behind PyTorch's own operations, and which others could be put there."""
+    from dpo_fast_kernels.attention.flash_implementations import (
+        VERSIONS,
+        active_flash_implementation,
+        flash_obstacle,
+        installed_flash_implementations,
+    )
+
+    if device.type != "cuda":
+        return []
+    if active := active_flash_implementation(device):
+        return [("FlashAttention in PyTorch", VERSIONS.get(active, active), "activated")]
+    rows = [("FlashAttention in PyTorch", "FlashAttention-2", "built in")]
+    for name in installed_flash_implementations():
+        obstacle = flash_obstacle(name, torch.cuda.get_device_capability(device), head_dim=64, window=None)
+        call = f'torch.nn.attention.activate_flash_attention_impl("{name}") before training takes it'
+        rows.append((VERSIONS[name], "no" if obstacle else "installed", obstacle or call))
+    return rows
 
 
 def _head(device: torch.device) -> tuple[str, str, str]:

@@ -47,6 +47,7 @@ from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_
 from dpo_fast.reference.store.keys import CompletionKeys
 from dpo_fast.reference.store.store import ReferenceStore
 from dpo_fast_kernels import attention_backend
+from dpo_fast_kernels.attention.flash_implementations import active_flash_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ def weights_memo(
         return fingerprint_of_checkpoint(model, load, lambda: weights_fingerprint(loaded, adapters), memo)
 
     return fingerprint
+
+
+def attention_name(layout: Layout, model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Return which attention computes log-probs, and the FlashAttention that was activated in place of PyTorch's."""
+    backend = attention_backend(device, dtype)[0] if layout == "shared" else model.config._attn_implementation
+    active = active_flash_implementation(device) if backend in ("varlen", "sdpa") else None
+    return f"{layout}/{backend}+{active}" if active else f"{layout}/{backend}"
 
 
 class Reference:
@@ -144,16 +152,11 @@ class Reference:
         return mixed or next(self.model.parameters()).dtype
 
     def _description(self) -> dict[str, object]:
-        backend = (
-            attention_backend(self._accelerator.device, self._dtype)[0]
-            if self._layout == "shared"
-            else self.model.config._attn_implementation
-        )
         description = reference_description(
             self.model,
             adapters=self._adapters,
             dtype=self._dtype,
-            attention=f"{self._layout}/{backend}",
+            attention=attention_name(self._layout, self.model, self._accelerator.device, self._dtype),
             weights=self._fingerprint(self.model, self._adapters),
         )
         if (dtype := dtype_of_engine(self._accelerator)) is not None:

@@ -394,6 +394,25 @@ def test_doctor_judges_the_machine_and_a_model(tmp_path, monkeypatch, capsys):
     refused(capsys, "absent")
 
 
+def test_doctor_shows_the_flash_attention_behind_pytorch(monkeypatch):
+    import torch
+    from torch.nn.attention import _registry
+
+    from dpo_fast.commands.doctor import _flash
+    from dpo_fast_kernels.attention import flash_implementations
+
+    cuda, what = torch.device("cuda"), "FlashAttention in PyTorch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(flash_implementations, "installed_flash_implementations", lambda: ["FA3", "FA4"])
+    assert _flash(torch.device("cpu")) == []
+    built_in, no, could = _flash(cuda)
+    assert built_in == (what, "FlashAttention-2", "built in")
+    assert no == ("FlashAttention-3", "no", "FlashAttention-3 needs compute capability 9.0, this GPU has 10.0")
+    assert could[:2] == ("FlashAttention-4", "installed") and 'activate_flash_attention_impl("FA4")' in could[2]
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", ("FA4", None))
+    assert _flash(cuda) == [(what, "FlashAttention-4", "activated")]
+
+
 def test_doctor_names_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr("dpo_fast.commands.doctor._version", lambda name: None if name in ("peft", "torch") else "1")
     assert cli.main(["doctor"]) == 1

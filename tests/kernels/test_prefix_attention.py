@@ -245,17 +245,17 @@ def segmentwise_backward(dout, q, k, v, *rest):
         return torch.autograd.grad(segmentwise(*leaves, *rest)[0], leaves, dout)
 
 
-def window_of(causal, left, right):
+def window_of(causal, left, right, none=None):
     """The window that the arguments of both kernels mean: none has to be causal, one has to end at the query."""
-    assert (left, right) == (-1, -1) if causal and right < 0 else right == 0
-    return None if left < 0 else left + 1
+    assert (left, right) == (none, none) if causal and right == none else right == 0
+    return None if left == none else left + 1
 
 
 def stand_in_for_pytorch(monkeypatch):
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, **options):
         known = {"return_debug_mask", "scale", "window_size_left", "window_size_right"}
         assert set(options) == known, "what PyTorch 2.11 has too, and no more"
-        assert causal == (options["window_size_left"] < 0) and dropout == 0
+        assert causal == (options["window_size_left"] is None) and dropout == 0
         assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max() and q.is_contiguous()
         window = window_of(causal, options["window_size_left"], options["window_size_right"])
         out, lse = segmentwise(q, k, v, cu_q, cu_k, options["scale"], window, None)
@@ -278,7 +278,7 @@ def stand_in_for_flash_attn(monkeypatch):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         assert return_attn_probs and dropout_p == 0
-        window = window_of(causal, *window_size)
+        window = window_of(causal, *window_size, none=-1)
         return *segmentwise(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap), None
 
     def _flash_attn_varlen_backward(
@@ -287,7 +287,7 @@ def stand_in_for_flash_attn(monkeypatch):
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
         assert deterministic and dropout_p == 0 and alibi_slopes is None
-        window = window_of(causal, window_size_left, window_size_right)
+        window = window_of(causal, window_size_left, window_size_right, none=-1)
         rest = (cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
         for into, gradient in zip((dq, dk, dv), segmentwise_backward(dout, q, k, v, *rest), strict=True):
             into.copy_(gradient)

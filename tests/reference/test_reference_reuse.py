@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch.nn.attention import _registry
 
+from dpo_fast.reference.reference import attention_name
 from dpo_fast.reference.store.maintenance import info
+from dpo_fast_kernels import attention_backend
 from families import tiny_model
 from interpreting import environment
 from preferences import make_trainer, pairs, trained
@@ -96,6 +99,25 @@ def test_what_changes_the_numbers_computes_them_again(filled, change):
     assert computed(filled, **options) == 24
     assert computed(filled) == 0, "and the others are still there"
     assert len(info(filled / "reference")) == 2
+
+
+def test_an_activated_flash_attention_is_part_of_the_attention(monkeypatch):
+    """Stores of PyTorch's own FlashAttention-2 keep the name that they had."""
+    cpu, cuda, model = torch.device("cpu"), torch.device("cuda"), tiny_model("llama")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model.config._attn_implementation = "sdpa"
+
+    def names(device):
+        return [attention_name(layout, model, device, torch.bfloat16) for layout in ("shared", "padded")]
+
+    on_cuda, on_cpu = [f"shared/{attention_backend(cuda)[0]}", "padded/sdpa"], ["shared/flash-cpu", "padded/sdpa"]
+    assert names(cuda) == on_cuda and names(cpu) == on_cpu
+    for implementation in ("FA3", "FA4"):
+        monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", (implementation, None))
+        assert names(cuda) == [f"shared/varlen+{implementation}", f"padded/sdpa+{implementation}"]
+        assert names(cpu) == on_cpu
+    model.config._attn_implementation = "eager"
+    assert names(cuda)[1] == "padded/eager"
 
 
 def test_the_trained_policy_is_another_reference(filled):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dpo_fast_kernels.attention.flash_implementations import active_flash_implementation
 from dpo_fast_kernels.attention.layout import PrefixLayout
 from dpo_fast_kernels.autograd import deterministic_algorithms, recording
 
@@ -31,8 +32,9 @@ def forward(
 ) -> Tensor:  # [T, Hq, Dv]
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     masks: Masks = {}
-    for rows, prompt in _segments(layout):
-        out[rows] = _attend(q[rows], _keys(k, rows, prompt), _keys(v, rows, prompt), scale, window, softcap, masks)
+    with _own_kernels(q.device):
+        for rows, prompt in _segments(layout):
+            out[rows] = _attend(q[rows], _keys(k, rows, prompt), _keys(v, rows, prompt), scale, window, softcap, masks)
     return out
 
 
@@ -51,7 +53,7 @@ def backward(
     masks: Masks = {}
     for rows, prompt in _segments(layout):
         leaves = [q[rows], _keys(k, rows, prompt), _keys(v, rows, prompt)]
-        with recording(), _deterministic_sdpa(*leaves, softcap):
+        with recording(), _own_kernels(q.device), _deterministic_sdpa(*leaves, softcap):
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             out = _attend(*leaves, scale, window, softcap, masks)
             dq[rows], *parts = torch.autograd.grad(out, leaves, dout[rows])
@@ -110,6 +112,13 @@ def _bottom_right_mask(
     if window is not None:
         visible &= key > position - window
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
+
+
+def _own_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """No FlashAttention-3 or -4, which do not refuse what they cannot compute until they are called."""
+    if active_flash_implementation(device) is None:
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Shared-prefix attention from one variable-length FlashAttention-2 call on gathered keys and values.
+"""Shared-prefix attention from one variable-length FlashAttention call on gathered keys and values.
 
 Queries `[x y1 | y2 | … | yK]`, keys and values gathered to `[x y1 | x y2 | … | x yK]`, causal with the mask aligned
 bottom-right, which is what FlashAttention does where query and key lengths differ. The copies live as long as a call:
@@ -43,9 +43,12 @@ class _Call(NamedTuple):
         return self[:4]
 
     @property
-    def window_sizes(self) -> tuple[int, int]:
-        """Keys to the left and to the right of a query that it sees beside its own; −1 is any number."""
-        return (self.window - 1, 0) if self.window else (-1, -1)
+    def window_sizes(self) -> tuple[int, int] | tuple[None, None]:
+        """Keys to the left and to the right of a query that it sees beside its own; None without a window.
+
+        PyTorch 2.11 hands −1 on to FlashAttention-4, whose backward takes it for a window.
+        """
+        return (self.window - 1, 0) if self.window else (None, None)
 
 
 def forward(
@@ -123,6 +126,11 @@ def _backward_aten(dout, q, k, v, out, lse, call: _Call) -> tuple[Tensor, Tensor
         )
 
 
+def _as_integers(window_sizes: tuple[int | None, int | None]) -> tuple[int, ...]:
+    """As the package flash-attn wants them."""
+    return tuple(-1 if size is None else size for size in window_sizes)
+
+
 def _forward_flash_attn(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
@@ -134,7 +142,7 @@ def _forward_flash_attn(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[T
             *call.lengths,
             softmax_scale=call.scale,
             causal=True,
-            window_size=call.window_sizes,
+            window_size=_as_integers(call.window_sizes),
             softcap=call.softcap or 0.0,
             return_attn_probs=True,
         )
@@ -157,7 +165,7 @@ def _backward_flash_attn(dout, q, k, v, out, lse, call: _Call) -> tuple[Tensor, 
         0.0,  # dropout
         call.scale,
         True,  # causal
-        *call.window_sizes,
+        *_as_integers(call.window_sizes),
         call.softcap or 0.0,
         None,  # ALiBi slopes
         True,  # deterministic

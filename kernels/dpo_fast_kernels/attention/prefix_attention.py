@@ -6,7 +6,8 @@ One op with a backend for every machine. For the backward it keeps q, k, v, out 
 keys. In the order of preference:
 
     flash-attn   the package, when it is installed, on gathered keys: windows and softcap
-    varlen       PyTorch's FlashAttention-2 for CUDA, on gathered keys: windows, no softcap
+    varlen       PyTorch's FlashAttention-2 for CUDA, on gathered keys: windows, no softcap. FlashAttention-3 or -4,
+                 where they were activated in its place (`flash_implementations`), and then before flash-attn
     triton       kernels of our own that read a prompt's keys where they lie: windows, softcap, fp32 too
     flash-cpu    PyTorch's flash kernel on slices of the row: CPU, no window, no softcap
     sdpa         one scaled_dot_product_attention a segment: every device and dtype, windows and softcap
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels.attention import backend_cpu, backend_sdpa, backend_varlen
+from dpo_fast_kernels.attention.flash_implementations import VERSIONS, active_flash_implementation, flash_obstacle
 from dpo_fast_kernels.attention.layout import PrefixLayout
 from dpo_fast_kernels.gather.gather_rows import GatherPlan
 
@@ -66,7 +68,9 @@ def _obstacle(
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"its kernel needs CUDA, these tensors are on {device.type}"
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+    known = device.type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(device) if known else None
+    if capability is not None and capability < (8, 0):
         return "its kernel needs a GPU of compute capability 8.0 or more"
     if backend == "triton":
         if head_dim > 256:
@@ -82,7 +86,10 @@ def _obstacle(
     if backend == "flash-attn":
         missing = _import_error("flash_attn.flash_attn_interface")
         return f"flash-attn cannot be imported ({missing})" if missing else None
-    return "PyTorch's variable-length attention has no softcap; install flash-attn for it" if softcap else None
+    if softcap:
+        return "PyTorch's variable-length attention has no softcap; install flash-attn for it"
+    active = active_flash_implementation(device)
+    return active and flash_obstacle(active, capability, head_dim, window)
 
 
 def attention_backend(
@@ -97,11 +104,15 @@ def attention_backend(
     if device.type not in ("cuda", "cpu"):
         return "sdpa", f"{device.type} has no flash kernel"
     # "triton" goes before "varlen", perhaps for some head sizes only, when a measurement says that it is faster.
-    for backend in ("flash-attn", "varlen") if device.type == "cuda" else ("flash-cpu",):
-        obstacle = _obstacle(backend, device, dtype, head_dim, value_dim or head_dim, softcap, window)
-        if obstacle is None:
-            return backend, _REASONS[backend]
-    return "sdpa", obstacle
+    backends = ("flash-attn", "varlen") if device.type == "cuda" else ("flash-cpu",)
+    given = device, dtype, head_dim, value_dim or head_dim, softcap, window
+    obstacles = {backend: _obstacle(backend, *given) for backend in backends}
+    active = active_flash_implementation(device)
+    for backend in reversed(backends) if active else backends:  # what was activated was asked for
+        if obstacles[backend] is None:
+            activated = f"{VERSIONS.get(active, active)}, activated in PyTorch"
+            return backend, activated if active and backend == "varlen" else _REASONS[backend]
+    return "sdpa", obstacles[backends[-1]]
 
 
 def _resolve(
