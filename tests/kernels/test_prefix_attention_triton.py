@@ -33,11 +33,19 @@ SHAPES = {
 OPTIONS = [{}, {"window": 1}, {"window": 7}, {"window": 25}, {"softcap": 2.0}, {"window": 11, "softcap": 3.0}]
 
 
+def tables() -> list[dict]:
+    from dpo_fast_kernels.attention import triton_configs as configs
+
+    found = [value for value in vars(configs).values() if isinstance(value, dict) and (64, 2) in value]
+    assert configs.dkv_table(1, None) in found and configs.fwd_table(1.0) in found and len(found) == 6
+    return found
+
+
 def use_blocks(block_q: int, block_k: int) -> None:
     """Gives every kernel these blocks."""
     from dpo_fast_kernels.attention import triton_configs as configs
 
-    for table in (configs.FWD, configs.DQ, configs.DKV, configs.DKV_SOFTCAP):
+    for table in tables():
         for key in table:
             table[key] = {9: configs._blocks(block_q, block_k, 4, 1)}
 
@@ -197,7 +205,7 @@ def test_gpu_every_candidate_of_the_tuner_computes_the_same(softcap, monkeypatch
     eager = run(prefix_attention_reference, tensors, layout, softcap=softcap)
     ran = 0
     for config in configs.CANDIDATES:
-        for table in (configs.FWD, configs.DQ, configs.DKV, configs.DKV_SOFTCAP):
+        for table in tables():
             monkeypatch.setitem(table, (64, 2), dict.fromkeys((8, 9, 10, 12), config))
         try:
             actual = run(prefix_attention, tensors, layout, backend="triton", softcap=softcap)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels.attention import triton_tiles as tiles
-from dpo_fast_kernels.attention.triton_configs import DKV, DKV_SOFTCAP
+from dpo_fast_kernels.attention.triton_configs import dkv_table
 from dpo_fast_kernels.attention.triton_dq import prefix_attention_dq
 from dpo_fast_kernels.attention.triton_launch import launch, score_scales, unit_columns
 
@@ -166,7 +166,7 @@ def prefix_attention_bwd(
     launch(
         _prefix_attention_dkv_kernel,
         lambda config: (triton.cdiv(k.shape[0], config["BLOCK_K"]), k.shape[1]),
-        DKV_SOFTCAP if softcap else DKV,
+        dkv_table(window, softcap),
         pointers=(q, k, v, dout, lse, delta, spans, dk, dv),
         strided=(q, k, v, dout),
         scales=(scale, *score_scales(scale, softcap)),

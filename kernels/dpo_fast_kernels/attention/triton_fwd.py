@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels.attention import triton_tiles as tiles
-from dpo_fast_kernels.attention.triton_configs import FWD
+from dpo_fast_kernels.attention.triton_configs import fwd_table
 from dpo_fast_kernels.attention.triton_launch import launch, score_scales, unit_columns
 
 
@@ -104,7 +104,7 @@ def prefix_attention_fwd(
     launch(
         _prefix_attention_fwd_kernel,
         lambda config: (triton.cdiv(q.shape[0], config["BLOCK_Q"]), q.shape[1]),
-        FWD,
+        fwd_table(softcap),
         pointers=(q, k, v, spans, out, lse),
         strided=(q, k, v),
         scales=score_scales(scale, softcap),
