@@ -32,7 +32,7 @@ class Readback:
             pinned = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
             self._values = pinned.copy_(self._values, non_blocking=True)
             self._event = torch.cuda.Event(blocking=True)
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values.device))
 
     @property
     def is_there(self) -> bool:

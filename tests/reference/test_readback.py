@@ -85,7 +85,8 @@ def stream(monkeypatch):
         def __init__(self, **options):
             self.position = 0
 
-        def record(self):
+        def record(self, of):
+            assert of is stream
             self.position = len(stream.queued)
 
         def query(self):
@@ -103,6 +104,7 @@ def stream(monkeypatch):
 
     stream.pinned = set()
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch, "empty", pinned_or_not)
     return stream
 
