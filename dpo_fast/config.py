@@ -5,6 +5,7 @@ that differ from `TrainingArguments` are `learning_rate`, `logging_steps`, `grad
 help) and `logging_nan_inf_filter`.
 """
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence, LossParameters, named
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
 CoupleChoice = Literal["step", "micro_batch"]
+LayerKernelsChoice = Literal["auto", "compile", "liger", "none"]
 
 _CPU_TOKENS = 2048  # of a pack: more are hardly faster, and take twice the memory
 
@@ -257,6 +259,14 @@ class DPOConfig(TrainingArguments):
             "hardly faster, but for losses that couple packs; a GPU has none."
         },
     )
+    layer_kernels: LayerKernelsChoice = field(
+        default="auto",
+        metadata={
+            "help": "What fuses a model's norms, activations and rotary products: 'compile', which is torch_compile, "
+            "one layer for all; 'liger', the kernels of liger-kernel without its head (also liger_kernel_config); or "
+            "'none'. 'auto' is 'none' until one of them is measured to be faster on a GPU."
+        },
+    )
     log_completion_statistics: bool = field(
         default=True,
         metadata={"help": "Also log entropy, logits/chosen, logits/rejected and mean_token_accuracy."},
@@ -281,6 +291,7 @@ class DPOConfig(TrainingArguments):
         # transformers renamed the field and warns about the old name; 5.17 knows only the old one.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
+        self._settle_layer_kernels()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to
@@ -353,20 +364,44 @@ class DPOConfig(TrainingArguments):
             "comparisons": ComparisonChoice,
             "layout": LayoutChoice,
             "couple": CoupleChoice,
+            "layer_kernels": LayerKernelsChoice,
         }
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True would put Liger's forward in the packed one's place; leave it out: head and "
-                "loss are fused. Its layer kernels go with a loaded model: apply_liger_kernel_to_llama(model=model, "
-                "fused_linear_cross_entropy=False), and so for other families."
-            )
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "
                 "groups are assigned to ranks by their cost already; take 'random' or 'sequential'."
+            )
+
+    def _settle_layer_kernels(self) -> None:
+        """Let `layer_kernels` and transformers' own options say the same; refuse those of Liger that cannot be had."""
+        compiles = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        for kernels, option, asked in (
+            ("liger", "use_liger_kernel", self.use_liger_kernel),
+            ("compile", "torch_compile", compiles),
+        ):
+            if asked and self.layer_kernels not in ("auto", kernels):
+                raise ValueError(
+                    f"{option}=True asks for layer_kernels={kernels!r}, which is {self.layer_kernels!r}; keep one of "
+                    "the two."
+                )
+            self.layer_kernels = kernels if asked else self.layer_kernels
+        self.torch_compile = self.layer_kernels == "compile"
+        self.use_liger_kernel = False  # with which transformers would apply Liger's kernels again, and its head
+        if self.layer_kernels != "liger":
+            return
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise ValueError(
+                "layer_kernels='liger' needs liger-kernel, which is not installed: pip install liger-kernel, or take "
+                "'none' or 'compile'."
+            )
+        heads = {name for name, on in (self.liger_kernel_config or {}).items() if on and name.endswith("cross_entropy")}
+        if heads:
+            raise ValueError(
+                f"liger_kernel_config turns {sorted(heads)} on, which would put Liger's forward in the packed one's "
+                "place; leave it out: head and loss are fused."
             )
 
     def _check_metrics(self) -> None:

@@ -45,6 +45,7 @@ from dpo_fast.model.adapters import base_of, let_recompute
 from dpo_fast.model.compilation import compile_layers
 from dpo_fast.model.engines import autocast_of_training, keep_numbers_exact, on_device
 from dpo_fast.model.forward import PackedOutput
+from dpo_fast.model.layer_kernels import check_layer_kernels
 from dpo_fast.model.loading import aux_loss_weight, check_reference, load_model, vocabulary_size
 from dpo_fast.model.noise import noisy_embeddings
 from dpo_fast.model.policy import prepare_policy, settle_layout
@@ -127,6 +128,7 @@ class DPOTrainer(Trainer):
         if args.allow_missing_weights:
             fingerprint = weights_fingerprint  # random weights are not those of another run with the same files
         given, model = model, load_model(model, args, quantization_config)
+        check_layer_kernels(model, args)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, args, quantization_config, "ref_model")
         processing_class = tokenizer_of(processing_class, given, model, args)

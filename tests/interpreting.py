@@ -37,4 +37,4 @@ def interpreted(module: str, call: str, *flags: str) -> int:
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return int(run.stdout)
+    return int(run.stdout.split()[-1])

@@ -52,9 +52,9 @@ TRAIN_FLAGS = """
     activation_offloading allow_missing_weights attn_implementation beta beta_dpo_alpha bnb_4bit_quant_storage
     bnb_4bit_quant_type columns comparisons config couple dataset dataset_config dataset_name dataset_num_proc
     dataset_streaming dataset_test_split dataset_train_split datasets disable_dropout discopop_tau dtype
-    f_alpha_divergence_coef f_divergence_type group_by_prompt ignore_bias_buffers label_smoothing layout ld_alpha
-    load_in_4bit load_in_8bit log_completion_statistics lora_alpha lora_dropout lora_modules_to_save lora_r
-    lora_target_modules lora_target_parameters lora_task_type loss_type loss_weights max_length
+    f_alpha_divergence_coef f_divergence_type group_by_prompt ignore_bias_buffers label_smoothing layer_kernels
+    layout ld_alpha load_in_4bit load_in_8bit log_completion_statistics lora_alpha lora_dropout lora_modules_to_save
+    lora_r lora_target_modules lora_target_parameters lora_task_type loss_type loss_weights max_length
     max_tokens_per_micro_batch model model_init_kwargs model_name_or_path model_revision no_disable_dropout
     no_gradient_checkpointing no_log_completion_statistics pad_to_multiple_of pad_token padding_free
     precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps reference_cache_dir

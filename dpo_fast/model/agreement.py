@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from dpo_fast.model.probes import (
     FAR,
     NATIVE,
     ROUNDED,
+    Bound,
     Context,
     Found,
     Probe,
@@ -50,6 +51,7 @@ def settle_forward(
     training: bool = False,
     aux_loss: bool = False,
     autocast: Context = contextlib.nullcontext,
+    kernels: Callable[[PreTrainedModel], None] | None = None,
 ) -> Layout:
     """Give `model` the packed forward, and return the layout in which it says what the model itself says.
 
@@ -63,6 +65,7 @@ def settle_forward(
         training: whether it is compared in training mode, without dropout.
         aux_loss: whether the load-balancing loss is wanted.
         autocast: makes the context of a forward, where weights are not in fp32.
+        kernels: puts other kernels into the layers of a model; the model as given is what they are compared with.
 
     Raises:
         InputError: the model is random, looks ahead or cannot run on tokens alone, or nothing agrees with it.
@@ -70,12 +73,19 @@ def settle_forward(
     base = base_of(model)
     add_dpo_forward(base)
     if any(weight.is_meta for weight in model.parameters()):
+        if kernels is not None:
+            kernels(base)
         return _settle_later(base, layout, max_length)
     if base.dpo_fast.head_form is None:
         logger.warning(_OWN_LOGITS, type(base).__name__, "its head is more than one product with a weight")
     with weights_at_hand(model), undisturbed(model, training):
         probes = _probes(model, max_length, aux_loss, autocast)
         _refuse_unusable(probes[0], training)
+        if kernels is not None:
+            for probe in probes:
+                _own(probe)
+            kernels(base)
+            _refuse_kernels(probes, _probes(model, max_length, aux_loss, autocast))
         if layout != "padded":
             reason = _share(base, probes, max_length)
             if reason is None:
@@ -210,6 +220,18 @@ def _own(probe: Probe) -> Found:
         ) from error
 
 
+def _refuse_kernels(given: Sequence[Probe], replaced: Sequence[Probe]) -> None:
+    """Refuse layers that say something else than those of the model as it was given."""
+    name = type(base_of(given[0].model)).__name__
+    for before, now in zip(given, replaced, strict=True):
+        try:
+            reason = _unlike(now.truth, before.truth, before.bound)
+        except Exception as error:
+            reason = f"they fail ({type(error).__name__}: {error})"
+        if reason is not None:
+            raise InputError(f"layer_kernels='liger' does not work for {name}: {reason}. Take 'none' or 'compile'")
+
+
 def _cannot_share(base: PreTrainedModel, max_length: float) -> str | None:
     """Return what is known to speak against sharing prompts; None for nothing."""
     limit = base.dpo_fast.frequency_limit
@@ -246,15 +268,22 @@ def _difference(probes: Sequence[Probe], layout: Layout) -> str | None:
             found = probe.packed(layout)
         except Exception as error:
             return f"it fails on a {layout} batch ({type(error).__name__}: {error})"
-        off = probe.bound.difference(found.logps, truth.logps)
-        if off is not None:
-            return f"log-probs of tokens come out up to {off:.2g} nat away from the model's own"
-        most = max((gradient.norm() for gradient in truth.gradients.values()), default=torch.tensor(0.0))
-        for name, gradient in truth.gradients.items():
-            error = (found.gradients[name] - gradient).norm()
-            if not error <= probe.bound.gradient * (gradient.norm() + 0.05 * most):
-                return f"the gradient of {name} comes out {error / gradient.norm():.1%} away from the model's own"
-        ours, own = (0.0 if aux is None else float(aux) for aux in (found.aux_loss, truth.aux_loss))
-        if abs(ours - own) > probe.bound.gradient * abs(own):
-            return f"the load-balancing loss comes out as {ours:.4g}, and the model's own is {own:.4g}"
+        if (reason := _unlike(found, truth, probe.bound)) is not None:
+            return reason
+    return None
+
+
+def _unlike(found: Found, truth: Found, bound: Bound) -> str | None:
+    """Return how `found` differs from the truth, if rounding does not explain it."""
+    off = bound.difference(found.logps, truth.logps)
+    if off is not None:
+        return f"log-probs of tokens come out up to {off:.2g} nat away from the model's own"
+    most = max((gradient.norm() for gradient in truth.gradients.values()), default=torch.tensor(0.0))
+    for name, gradient in truth.gradients.items():
+        error = (found.gradients[name] - gradient).norm()
+        if not error <= bound.gradient * (gradient.norm() + 0.05 * most):
+            return f"the gradient of {name} comes out {error / gradient.norm():.1%} away from the model's own"
+    ours, own = (0.0 if aux is None else float(aux) for aux in (found.aux_loss, truth.aux_loss))
+    if abs(ours - own) > bound.gradient * abs(own):
+        return f"the load-balancing loss comes out as {ours:.4g}, and the model's own is {own:.4g}"
     return None

@@ -18,6 +18,7 @@ from dpo_fast.model.adapters import prepare_peft
 from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.engines import autocast_of_training, on_device
+from dpo_fast.model.layer_kernels import use_liger
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,17 @@ def _check_training(model: nn.Module) -> None:
 def settle_layout(
     model: nn.Module, ref_model: nn.Module | None, args: DPOConfig, accelerator: Accelerator, aux_loss: bool
 ) -> Layout:
-    """Give policy and reference the packed forward; return the one layout for both, the same on all ranks."""
+    """Give policy and reference the packed forward and the layers asked for; return the layout for both, on all ranks.
+
+    `torch_compile` comes later: compiled layers would be compiled again for the comparison.
+    """
     settle = functools.partial(
-        settle_forward, max_length=args.max_length or math.inf, autocast=lambda: autocast_of_training(accelerator)
+        settle_forward,
+        max_length=args.max_length or math.inf,
+        autocast=lambda: autocast_of_training(accelerator),
+        kernels=functools.partial(use_liger, options=args.liger_kernel_config or {})
+        if args.layer_kernels == "liger"
+        else None,
     )
     policy = functools.partial(settle, model, training=args.disable_dropout, aux_loss=aux_loss)
     wanted = args.layout

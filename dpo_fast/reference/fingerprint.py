@@ -35,9 +35,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dpo_fast.errors import InputError
 from dpo_fast.model.adapters import base_of
-from dpo_fast.model.compilation import is_compiled
 from dpo_fast.model.frequencies import frequency_limit
 from dpo_fast.model.head import read_head
+from dpo_fast.model.layer_kernels import computed_by
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
 
@@ -324,8 +324,7 @@ def reference_description(
     }
     if math.isfinite(frequency_limit(base)):
         description["frequencies"] = "of each sequence alone"
-    if is_compiled(base):
-        description["compiled"] = True
+    description |= computed_by(base)
     if adapters and (settings := _adapter_settings(model)):
         description["adapters"] = settings
     return description

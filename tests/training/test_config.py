@@ -118,8 +118,50 @@ def test_an_order_by_length_is_refused(tmp_path, strategy):
         make(tmp_path, train_sampling_strategy=strategy)
 
 
-def test_another_forward_of_the_whole_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="use_liger_kernel=True .*fused_linear_cross_entropy=False"):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("auto", False)),
+        ({"torch_compile_mode": "default"}, ("compile", True)),
+        ({"torch_compile": True, "layer_kernels": "compile"}, ("compile", True)),
+        ({"layer_kernels": "compile"}, ("compile", True)),
+        ({"layer_kernels": "none"}, ("none", False)),
+        ({"layer_kernels": "liger"}, ("liger", False)),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}, ("liger", False)),
+    ],
+)
+def test_what_fuses_the_layers_can_be_said_in_the_words_of_transformers_too(tmp_path, monkeypatch, options, expected):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    config = make(tmp_path, **options)
+    assert (config.layer_kernels, config.torch_compile) == expected
+    assert not config.use_liger_kernel, "with which transformers puts Liger's forward in the packed one's place"
+    again = make(tmp_path, **{name: getattr(config, name) for name in ("layer_kernels", "torch_compile")})
+    assert (again.layer_kernels, again.torch_compile) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_kernels": "fast"}, "layer_kernels='fast' is not known; choose from .*'liger'"),
+        ({"torch_compile": True, "layer_kernels": "none"}, "torch_compile=True asks for .*'compile', .*'none'"),
+        ({"use_liger_kernel": True, "torch_compile": True}, "torch_compile=True asks for .*'compile', .*'liger'; keep"),
+        ({"use_liger_kernel": True, "layer_kernels": "compile"}, "use_liger_kernel=True asks for .*'liger'"),
+        (
+            {"layer_kernels": "liger", "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            r"turns \['fused_linear_cross_entropy'\] on, .* leave it out",
+        ),
+    ],
+)
+def test_two_things_that_would_fuse_the_layers_are_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel")
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_liger_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed: pip install liger-kernel, or take 'none' or 'compile'"):
         make(tmp_path, use_liger_kernel=True)
 
 
