@@ -38,3 +38,23 @@ def interpreted(module: str, call: str, *flags: str) -> int:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return int(run.stdout.split()[-1])
+
+
+def let_liger_be_interpreted() -> None:
+    """Gives kernels their float arguments as Triton does, and for libdevice's functions the formulas."""
+    import liger_kernel.ops.geglu
+    import liger_kernel.ops.rms_norm
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_floats_too(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = convert_floats_too
+    liger_kernel.ops.rms_norm.rsqrt = lambda x: 1 / tl.sqrt(x)
+    liger_kernel.ops.geglu.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1

@@ -1,6 +1,6 @@
 """Layers compiled, or computed by Liger's kernels, say and train what plain ones do; a store never mixes them.
 
-Liger's kernels run in Triton's interpreter, which wants a few things said otherwise: `let_liger_be_interpreted`.
+Liger's kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo_fast.model.adapters import base_of
 from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.layer_kernels import computed_by, use_liger
 from families import tiny_model
-from interpreting import interpreted
+from interpreting import interpreted, let_liger_be_interpreted
 from numerics import assert_close_to_truth
 from preferences import logged, make_trainer, pairs, trained
 
@@ -88,26 +88,6 @@ def test_layers_compiled_by_inductor_err_as_plain_ones_do(family, kind):
 
 
 # ---- Liger, in the interpreter ----
-
-
-def let_liger_be_interpreted() -> None:
-    """Gives kernels their float arguments as Triton does, and for libdevice's functions the formulas."""
-    import liger_kernel.ops.geglu
-    import liger_kernel.ops.rms_norm
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._implicit_cvt
-
-    def convert_floats_too(argument):
-        if not isinstance(argument, float):
-            return convert(argument)
-        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
-
-    interpreter._implicit_cvt = convert_floats_too
-    liger_kernel.ops.rms_norm.rsqrt = lambda x: 1 / tl.sqrt(x)
-    liger_kernel.ops.geglu.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 
 
 def liger_checks(*families: str) -> int:

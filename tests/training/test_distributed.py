@@ -159,11 +159,11 @@ def engine_environment(engine: str) -> dict[str, str]:
     return {**own, "ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(ranks: int, call: str, **variables: str) -> None:
-    """Runs an expression of this module on several ranks."""
+def launch(ranks: int, call: str, module: str = "test_distributed", **variables: str) -> None:
+    """Runs an expression of this module, or of another one of tests, on several ranks."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
-        [*program, "--no-python", sys.executable, "-c", f"import test_distributed; test_distributed.{call}"],
+        [*program, "--no-python", sys.executable, "-c", f"import {module}; {module}.{call}"],
         env={**environment(), **variables},
         capture_output=True,
         text=True,
