@@ -43,23 +43,23 @@ def small(family: str, dtype=torch.float32, lora: bool = False, checkpointing: b
     return model.train()
 
 
-def solve(model: nn.Module, layout: str) -> dict[str, Tensor]:
+def solve(model: nn.Module, layout: str, device: str) -> dict[str, Tensor]:
     """Log-probs of two groups' completions, and the gradients of a weighted sum of them."""
     groups = [PreferenceGroup([5, 9, 33, 7], [[11, 3, 8], [4]], (), ()), PreferenceGroup([6], [[5, 9], [9]], (), ())]
-    logps = model(packed=pack(groups, layout)).logps
-    (logps * torch.tensor([1.0, -0.5, 2.0, 0.25], dtype=logps.dtype)).sum().backward()
+    logps = model(packed=pack(groups, layout).to(device)).logps
+    (logps * torch.tensor([1.0, -0.5, 2.0, 0.25], device=device)).sum().backward()
     return {"logps": logps.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
 
-def check(family: str, change, layout: str = "shared", **kind: bool) -> None:
+def check(family: str, change, layout: str = "shared", device: str = "cpu", **kind: bool) -> None:
     """Asserts that a model that `change` has changed errs as plain ones do."""
     found = []
     for dtype, other in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        model = small(family, dtype, **kind)
+        model = small(family, dtype, **kind).to(device)
         settle_forward(model, layout, training=True)
         if other:
             change(base_of(model))
-        found.append(solve(model, layout))
+        found.append(solve(model, layout, device))
     truth, eager, changed = found
     assert truth.keys() == eager.keys() == changed.keys()
     for name in truth:
@@ -204,3 +204,19 @@ def test_a_family_without_kernels_is_refused_before_anything_is_done(tmp_path, l
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="layer_kernels='liger' needs a GPU"):
         make_trainer(tmp_path, layer_kernels="liger")
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_gpu_liger_errs_as_plain_layers_do(liger, kind):
+    for family in FAMILIES:
+        check(family, lambda base: use_liger(base, {}), device="cuda", **kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_gpu_layers_compiled_by_inductor_err_as_plain_ones_do(kind):
+    check("llama", compiled("inductor"), device="cuda", **kind)
