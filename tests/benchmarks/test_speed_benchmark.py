@@ -97,7 +97,7 @@ def test_every_side_computes_the_same(monkeypatch, tmp_path, folders, name):
         finally:
             unpatch_trl()
     tolerance = loss_tolerance(ours.precision == "fp32", providers.BETA, ours.rows * comparisons)
-    summary.check_reports(reports, tolerance, summary.GRADIENT_TOLERANCE[ours.precision])
+    assert not summary.disagreements(reports, tolerance, summary.GRADIENT_TOLERANCE[ours.precision])
     result = summary.figures(reports, settings, groups, ours.rows, {"flops_per_second": 1e9})
     steps = [groups[start : start + ours.rows] for start in range(ours.rows, 3 * ours.rows, ours.rows)]
     assert result["unique_tokens"] == [sum(map(models.unique_tokens, step)) for step in steps]
@@ -118,19 +118,18 @@ def test_every_side_computes_the_same(monkeypatch, tmp_path, folders, name):
 
 
 @pytest.mark.parametrize("changed", ["beta", "learning rate"])
-def test_a_side_that_computes_something_else_is_refused(monkeypatch, tmp_path, folders, changed):
+def test_a_side_that_computes_something_else_is_told(monkeypatch, tmp_path, folders, changed):
     """Even where the loss hides it: in the first step it is ln 2 whatever β is."""
     setting = Setting("plain", str(folders / "llama"), micro_batch=2, steps=1, max_length=60)
     workloads.save_rows(tiny_groups(6), str(tmp_path))
     reports = {name: trained(setting, tmp_path, monkeypatch) for name in ("right", "again")}
-    summary.check_reports(reports, 1e-3, 5e-3)
+    assert not summary.disagreements(reports, 1e-3, 5e-3)
     if changed == "beta":
         monkeypatch.setattr(providers, "BETA", 0.2)
     else:
         setting = replace(setting, learning_rate=0.1)
     reports["again"] = trained(setting, tmp_path, monkeypatch)
-    with pytest.raises(SystemExit, match="what computes something else is not timed"):
-        summary.check_reports(reports, 1e-3, 5e-3)
+    assert summary.disagreements(reports, 1e-3, 5e-3)
 
 
 def report(*losses: float, norm: float = 1.0, seconds: float = 1.0) -> Report:
@@ -140,14 +139,13 @@ def report(*losses: float, norm: float = 1.0, seconds: float = 1.0) -> Report:
 
 def test_the_step_and_the_value_that_differ_are_named():
     ours = report(0.69, 0.5)
-    summary.check_reports({"dpo_fast": ours, "trl": report(0.69, 0.6)}, 0.2, 1e-3)
+    assert not summary.disagreements({"dpo_fast": ours, "trl": report(0.69, 0.6)}, 0.2, 1e-3)
     for theirs, words in (
         (report(0.69, 0.6), "step 1: dpo_fast has loss 0.5, trl 0.6"),
         (report(0.69, 0.5, norm=1.1), "step 0: dpo_fast has gradient norm 1.0, trl 1.1"),
         (report(math.nan, 0.5), "step 0: dpo_fast has loss 0.69, trl nan"),
     ):
-        with pytest.raises(SystemExit, match=words):
-            summary.check_reports({"dpo_fast": ours, "trl": theirs}, 1e-3, 1e-3)
+        assert summary.disagreements({"dpo_fast": ours, "trl": theirs}, 1e-3, 1e-3)[0] == words
 
 
 def test_host_reads_are_counted():

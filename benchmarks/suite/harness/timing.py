@@ -7,12 +7,13 @@ A repeat is a forward and, where its result asks for one, a backward; each part 
     CPU   wall clock; memory is the kernel's peak of resident memory (VmHWM), set back before each repeat, less what was
           resident before (None where Linux does not offer that)
 
-Gradients count as memory of the repeat. A provider is compared with the truth before it is timed, and one that computes
-something else never is.
+Gradients count as memory of the repeat. A provider is compared with the truth before it is timed. One whose errors are
+above the limits is timed all the same, and its figures are marked `disagrees`: nobody may quote them.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,9 @@ class Row:
     Attributes:
         provider: name of the provider.
         mode: name of the computation.
-        status: "timed", "skipped" (cannot run here), "wrong" (computes something else) or "failed" (raised an error).
-        reason: reason why the row was not timed.
+        status: "timed", "skipped" (cannot run here) or "failed" (raised an error).
+        reason: reason why the row was not timed, or why it disagrees.
+        disagrees: whether an error is above the limit.
         errors: relative errors on the small problem, by name of the tensor.
         errors_at_size: relative errors at the size that is timed.
         figures: figures that the benchmark derives from the repeats.
@@ -68,6 +70,7 @@ class Row:
     mode: str
     status: str = "timed"
     reason: str = ""
+    disagrees: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     errors_at_size: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -90,14 +93,15 @@ class Row:
         return None
 
     def check(self, errors: dict[str, float], dtype: str, at_size: bool = False) -> None:
-        """Remember errors, and refuse the row when one is above the limit or not a number."""
+        """Remember errors, and mark the row when one is above the limit or not a number."""
         limit = LIMITS[dtype] * (SIZE_FACTOR if at_size else 1)
         (self.errors_at_size if at_size else self.errors).update(errors)
         wrong = {name: error for name, error in errors.items() if not error <= limit}
         if wrong:
             where = "at the timed size" if at_size else "on the small problem"
             found = ", ".join(f"{name} errs by {error:.2e}" for name, error in wrong.items())
-            self.refuse("wrong", f"{where} {found}, the limit for {dtype} is {limit:.0e}")
+            self.disagrees, self.reason = True, f"{where} {found}, the limit for {dtype} is {limit:.0e}"
+            print(f"{self.provider}, {self.mode}: disagrees: {self.reason}", flush=True)
 
     def spreads(self) -> dict[str, Any]:
         """Return milliseconds of both parts and their sum with spread, and the largest peak of memory."""
@@ -111,7 +115,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """Return this row for a result file."""
-        names = ("provider", "mode", "status", "reason", "errors", "errors_at_size")
+        names = ("provider", "mode", "status", "reason", "disagrees", "errors", "errors_at_size")
         return {**{name: getattr(self, name) for name in names}, **self.figures}
 
 
@@ -226,6 +230,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def mark(row: Mapping[str, Any]) -> str:
+    """Return what stands behind a figure of a row that disagrees."""
+    return "≠" if row.get("disagrees") else ""
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Return whether Triton kernels run: on a GPU, or in Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Return lines with aligned columns, the first to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
@@ -236,11 +250,11 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def fail_if_wrong(problems: Sequence[Mapping[str, Any]], ours: Collection[str]) -> None:
-    """End the script with an error when a row of ours is wrong or failed."""
+    """End the script with an error when a row of ours disagrees or failed."""
     rows = [row for problem in problems for row in problem["table"]]
-    bad = {row["provider"] for row in rows if row["status"] in ("wrong", "failed")} & set(ours)
+    bad = {row["provider"] for row in rows if row["disagrees"] or row["status"] == "failed"} & set(ours)
     if bad:
-        raise SystemExit(f"wrong or failed, see above: {', '.join(sorted(bad))}")
+        raise SystemExit(f"disagree or failed, see above: {', '.join(sorted(bad))}")
 
 
 def shares(problem: Mapping[str, Any], figure: str) -> dict[str, float]:

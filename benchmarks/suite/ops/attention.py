@@ -11,7 +11,7 @@ two calls that share nothing, on PyTorch's own kernels and with their usual, uno
 
 FLOP counted, for all alike: 4·D·Hq a visible (query, key) pair in the forward and 10·D·Hq in the backward; what a
 backend computes twice is not counted twice. A provider is checked on a small row against float64 before it is timed,
-and refused if it errs more than twice as far as eager PyTorch. Providers take turns; medians with p20 and p80.
+and marked ≠ if it errs more than twice as far as eager PyTorch. Providers take turns; medians with p20 and p80.
 
 The table is printed last; with --out a result file and a plot are written. On a CPU everything is tiny by default.
 `pytest benchmarks/suite/ops/attention.py` runs CPU-sized cases under pytest-benchmark.
@@ -34,6 +34,7 @@ from dpo_fast.machine import peak_memory, reset_peak_memory, used_memory
 from dpo_fast_kernels import PrefixLayout, prefix_attention
 from dpo_fast_kernels.specification import prefix_attention_reference
 from suite.harness.results import environment, spread, write_result
+from suite.harness.timing import mark
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -64,19 +65,22 @@ def main() -> None:
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     seconds = options.seconds or (60 if cuda else 4)
     backends = options.backends or BACKENDS[options.device]
-    rows, refused = [], {}
+    rows, refused, disagree = [], {}, {}
     for model, heads in models.items():
         providers = {}
         for backend in backends:
-            reason = wrong(backend, heads, dtype, options.device)
-            if reason is None:
-                providers[backend] = backend
-            else:
-                refused[f"{backend} with {model}"] = reason
+            try:
+                reason = wrong(backend, heads, dtype, options.device)
+            except ValueError as error:  # it cannot run here
+                refused[f"{backend} with {model}"] = str(error)
+                continue
+            providers[backend] = reason is not None
+            if reason:
+                disagree[f"{backend} with {model}"] = reason
         for batch, groups in batches.items():
             budget = seconds / len(models) / len(batches)
             rows += [
-                {"model": model, "batch": batch, **row}
+                {"model": model, "batch": batch, **row, "disagrees": providers.get(row["provider"], False)}
                 for row in measure(list(providers), heads, groups, dtype, options.device, budget)
             ]
     result = {
@@ -86,6 +90,8 @@ def main() -> None:
         "groups": batches,
         "rows": rows,
         "refused": refused,
+        "disagree": disagree,
+        "summary": summary(rows),
         "environment": environment(),
     }
     if options.out is not None:
@@ -95,8 +101,8 @@ def main() -> None:
     for provider, reason in refused.items():
         print(f"not timed: {provider}: {reason}")
     print_table(rows)
-    if any(not reason.startswith("backend=") for reason in refused.values()):
-        raise SystemExit("a provider computes something else, see above")
+    if disagree:
+        raise SystemExit(f"a provider computes something else: {disagree}")
 
 
 def inputs(tokens: int, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -116,7 +122,7 @@ def ours(backend: str, layout: PrefixLayout) -> Attention:
 
 
 def wrong(backend: str, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> str | None:
-    """Return why a backend of ours must not be timed: it cannot run here, or errs too far; None when it may."""
+    """Return how far a backend of ours errs too far, or None; a ValueError says why it cannot run here."""
     layout = PrefixLayout.build(CHECKED).to(device)
     *tensors, dout = inputs(layout.spans.shape[1], heads, dtype, device)
 
@@ -127,10 +133,7 @@ def wrong(backend: str, heads: tuple[int, int, int], dtype: torch.dtype, device:
     def reference(*leaves: Tensor) -> Tensor:
         return prefix_attention_reference(*leaves, layout)
 
-    try:
-        actual = results(ours(backend, layout), tensors)
-    except ValueError as error:
-        return str(error)
+    actual = results(ours(backend, layout), tensors)
     eager = results(reference, tensors)
     truth = results(reference, [x.detach().double().requires_grad_() for x in tensors])
     for name, *values in zip(("out", "dq", "dk", "dv"), actual, eager, truth, strict=True):
@@ -285,6 +288,16 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['backward_ms']['median']:10.3f}{span:>26}{row['tflop_per_second']:9.2f}"
             f"{row['time_of_plain']:14.2f}×{memory:>8}"
         )
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line per model and batch: milliseconds of everyone, and their ratio to the plain call."""
+    lines: dict[str, str] = {}
+    for row in rows:
+        case = f"{row['model']}, {row['batch']}:"
+        cell = f"  {row['provider']} {row['both_ms']['median']:.3f} ms {row['time_of_plain']:.2f}×{mark(row)}"
+        lines[case] = lines.get(case, case) + cell
+    return list(lines.values())
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -5,14 +5,14 @@
 
 Everyone gets the same score rows (`head_problem`) and computes the same sigmoid loss, but for what `head_providers`
 says of each. Loss and gradients are compared with float64 on a small problem of the same shape, and with fp32 at the
-timed size; what computes something else is not timed. Then all take turns (`timing`).
+timed size; what computes something else is marked ≠. Then all take turns (`timing`).
 
     % of bare = time of the bare products over the provider's. The bare ones are logits, dX and dW (trainable), logits
     and dX (frozen), or logits alone (forward): a strategy that takes more of them is not forgiven for it. TFLOP/s are
     on what it takes.
 
 A short table is printed last; a result file and a plot go to --out, after every problem. The exit status is 1 when one
-of ours is wrong or fails.
+of ours disagrees or fails.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from suite.harness.timing import (
     Row,
     Stopwatch,
     fail_if_wrong,
+    mark,
     plot_bars,
     relative_error,
     shares,
@@ -211,7 +212,7 @@ def add_figures(rows: Sequence[Row], problem: HeadProblem, candidates: Mapping[t
             flop = PROVIDERS[row.provider].products[row.mode] * candidates[row.provider, row.mode].rows * width
             row.figures.update(row.spreads(), flop=flop)
             row.figures["tflops"] = flop / row.figures["ms"]["median"] / 1e9
-            if row.provider == "bare":
+            if not PROVIDERS[row.provider].checked:
                 row.figures["peak_bytes"] = None  # its memory is laid out beforehand
     bare = {row.mode: row.figures["ms"]["median"] for row in rows if row.provider == "bare" and row.figures}
     for row in rows:
@@ -255,7 +256,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
             for name in names:
                 row = rows.get(name)
                 if row and "ms" in row:
-                    line.append(f"{row['ms']['median']:.4g} {row.get('percent_of_bare', 0):.0f}%")
+                    line.append(f"{row['ms']['median']:.4g} {row.get('percent_of_bare', 0):.0f}%{mark(row)}")
                 else:
                     line.append(row["status"] if row else "")
             lines.append(line)

@@ -16,6 +16,7 @@ peers, optional
     cce          `cut_cross_entropy.linear_cross_entropy`, the variant with compensated sums where the version has it
     plain        whole logits, log_softmax in fp32, gather, sums
 bare             the products of `preference` (or of `forward`) in the same tiles through the same calls, nothing else
+untiled          the same products of all rows at once: the floor that no tiling forgives
 
 FLOP are counted in 2·NHV products that a strategy takes: logits, logits again, dX, dW. N are padded rows for liger-dpo.
 """
@@ -33,7 +34,7 @@ from dpo_fast_kernels import SequenceLoss, linear_logps, linear_preference_loss
 from dpo_fast_kernels.head.gemm import Gemm
 from dpo_fast_kernels.head.score_layout import group_tiles
 from dpo_fast_kernels.head.tiles import TileMemory, group_tile_rows, tile_rows, tile_slices
-from suite.harness.timing import import_error
+from suite.harness.timing import import_error, runs_triton
 from suite.ops.head_problem import BETA, HeadProblem, dpo
 
 MODES = ("trainable", "frozen", "forward")  # head trains, only hidden does, nothing does
@@ -109,7 +110,7 @@ def _bytes_of_gradient(problem: HeadProblem) -> int:
 def _linear_logps(budget: Callable[[HeadProblem], int], backend: str | None = None):
     def prepare(problem: HeadProblem, mode: str) -> Candidate:
         budget_bytes = budget(problem)
-        tiles = "triton" if problem.device.type == "cuda" else "torch"  # what "auto" takes for a gradient
+        tiles = "triton" if runs_triton(problem.device) else "torch"  # what "auto" takes for a gradient
 
         def forward() -> Tensor:
             rows = linear_logps(
@@ -251,9 +252,26 @@ def _bare(problem: HeadProblem, mode: str) -> Candidate:
     return Candidate(forward, problem.hidden, problem.rows)
 
 
+def _untiled(problem: HeadProblem, mode: str) -> Candidate:
+    gemm = Gemm(problem.weight.dtype, problem.device.type)
+    x, w = gemm.factor(problem.hidden.detach()), gemm.factor(problem.weight.detach())
+    z = torch.empty(problem.rows, w.shape[0], dtype=gemm.sum_dtype, device=problem.device)
+    d = gemm.logits(x, w, out=z).softmax(-1).neg_().to(gemm.factor_dtype) if mode != "forward" else None
+
+    def forward() -> Tensor:
+        gemm.logits(x, w, out=z)
+        if mode != "forward":
+            gemm.product(d, w)
+        if mode == "trainable":
+            gemm.product(d.t(), x)
+        return problem.ref_logps
+
+    return Candidate(forward, problem.hidden, problem.rows)
+
+
 def _not_on_cpu(*modules: str, dtypes: tuple[torch.dtype, ...] = ()):
     def missing(problem: HeadProblem) -> str | None:
-        if problem.device.type != "cuda":
+        if not runs_triton(problem.device):
             return "its Triton kernels need a GPU"
         if dtypes and problem.weight.dtype not in dtypes:
             return f"has no backward in {problem.weight.dtype}"
@@ -313,6 +331,12 @@ PROVIDERS = {
         _plain,
         _ALL_ONCE,
         _too_large("fp32 logits", lambda problem: problem.rows * problem.shape.vocabulary * 4),
+    ),
+    "untiled": Provider(
+        _untiled,
+        _ALL_ONCE,
+        _too_large("logits and softmax", lambda problem: problem.rows * problem.shape.vocabulary * 10),
+        checked=False,
     ),
     "bare": Provider(_bare, _ALL_ONCE, checked=False),
 }

@@ -14,11 +14,11 @@ a median of 150 tokens, one for both sides of a pair. The loss is sigmoid with �
 
 Liger's is compiled on CUDA, as by default, but for problems so small that it would do nothing else; not on a CPU. It
 compiles for long, for each shape and mode, which no --seconds cut short. Loss, log-probs and gradients of everyone are
-compared with float64 on a small problem and with fp32 at the timed size; what computes something else is not timed.
+compared with float64 on a small problem and with fp32 at the timed size; what computes something else is marked ≠.
 Then all take turns (`timing`).
 
-A short table is printed last; a result file goes to --out, after every problem. The exit status is 1 when ours is wrong
-or fails.
+A short table is printed last; a result file goes to --out, after every problem. The exit status is 1 when ours
+disagrees or fails.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from suite.harness.timing import (
     Stopwatch,
     fail_if_wrong,
     import_error,
+    mark,
     relative_error,
     skip,
     table,
@@ -284,7 +285,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     for problem in report["problems"]:
         about = f"{problem['shape']} {problem['rows']} of {problem['sequences']}×{problem['positions']}"
         for row in problem["table"]:
-            line = [f"{about} {row['mode']} {row['provider']}"]
+            line = [f"{about} {row['mode']} {row['provider']}{mark(row)}"]
             if "ms" in row:
                 ms, peak = row["ms"], row["peak_bytes"]
                 line += [f"{ms[part]:.4g}" for part in ("median", "p20", "p80")] + [str(ms["count"])]

@@ -50,8 +50,10 @@ from suite.harness.timing import (
     Stopwatch,
     fail_if_wrong,
     import_error,
+    mark,
     plot_bars,
     relative_error,
+    runs_triton,
     shares,
     skip,
     table,
@@ -194,7 +196,7 @@ class Provider:
 
 
 def _no_gpu(problem: RowsProblem) -> str | None:
-    return None if problem.device.type == "cuda" else "Triton kernels need a GPU"
+    return None if runs_triton(problem.device) else "Triton kernels need a GPU"
 
 
 _TILE_MODES = ("forward", "backward", "forward+backward")
@@ -347,7 +349,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
             cells = []
             for mode in PROVIDERS[name].modes:
                 row = rows.get((name, mode), {"status": ""})
-                cells.append(f"{row['percent_of_copy']:.0f}" if "percent_of_copy" in row else row["status"])
+                cells.append(f"{row['percent_of_copy']:.0f}{mark(row)}" if "percent_of_copy" in row else row["status"])
             line.append(cells[0] if len(set(cells)) == 1 else " ".join(cells))
         lines.append(line)
     header = ["rows, % of copy: fwd [bwd] both", "copy GB/s", *names]

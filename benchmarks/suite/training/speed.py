@@ -6,8 +6,9 @@
 
 Each side (`providers.py`) lives in a process of its own, so peak memory is its own. On a CPU the sides take
 turns, a step each, while the others wait; on a GPU, whose memory they would share, one runs all its steps, then the
-next. Token ids, order, seed, precision, optimizer and batch are the same; reference log-probs are computed before the
-clock starts. Losses and gradient norms of all steps are compared before any time is reported. The first step of each
+next, and the result is written after each. Token ids, order, seed, precision, optimizer and batch are the same; reference log-probs are computed before the
+clock starts. Losses and gradient norms of all steps are compared: where they differ, the result is written with
+`disagrees`, and the exit status is 1. The first step of each
 side warms up and does not count; after the timed ones another is watched for host syncs and time by part
 (`probe.py`) and does not count either. A side that runs out of memory is reported as such.
 
@@ -33,11 +34,12 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import disable_progress_bars
 
 from dpo_fast.commands.bench.turns import Comparison, loss_tolerance
@@ -46,7 +48,7 @@ from suite.training.models import RANDOM_MODELS, model_config
 from suite.training.providers import BETA
 from suite.training.setting import PROVIDER_NAMES, Setting
 from suite.training.side import measure
-from suite.training.summary import GRADIENT_TOLERANCE, bare_gemm_rate, check_reports, figures, table
+from suite.training.summary import GRADIENT_TOLERANCE, bare_gemm_rate, disagreements, figures, table
 from suite.training.workloads import PUBLISHED, Group, dataset_groups, save_rows, synthetic_groups
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -128,36 +130,65 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prepare the rows, run the sides, check them, print and write the result; return it."""
+    """Prepare the rows, run the sides, compare them, print and write the result; return it."""
     is_demo = options.model is None
     if is_demo:
         from dpo_fast.commands.demo.model import demo_model
 
         options.model = str(demo_model())
-    groups_a_step = options.global_batch if options.best else options.batch_size * options.accumulation
     settings = {name: _setting(options, name) for name in (options.ours, *options.against)}
     trials: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        groups = _groups(options, groups_a_step * settings[options.ours].all_steps)
+        groups = _groups(options, _groups_a_step(options) * settings[options.ours].all_steps)
         save_rows(groups, folder)
         if options.best:
             settings = {name: _fastest(setting, folder, trials) for name, setting in settings.items()}
         does_not_fit = {name: "at no micro-batch" for name, setting in settings.items() if setting is None}
         settings = {name: setting for name, setting in settings.items() if setting}
-        measured = measure(settings, folder)
-    does_not_fit |= _reasons(measured)
+        gemm = bare_gemm_rate(options.model, options.precision)
+        alone = torch.cuda.is_available()
+        measured = Comparison({}, {}, in_turns=not alone)
+        for part in [{name: each} for name, each in settings.items()] if alone else [settings]:
+            found = measure(part, folder)
+            measured = Comparison(
+                measured.reports | found.reports, measured.failures | found.failures, found.in_turns and not alone
+            )
+            result = _result(options, is_demo, measured, settings, groups, gemm, does_not_fit, trials)
+    print("\n".join(result["summary"]))
+    rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
+    last = {"speedup": result.get("speedup"), "pairs_per_second": rates, "settings": result["settings"]}
+    print(json.dumps(last), flush=True)
+    if result["disagrees"]:
+        sys.exit(f"what computes something else is not comparable: {'; '.join(result['disagreements'])}")
+    return result
+
+
+def _result(
+    options: argparse.Namespace,
+    is_demo: bool,
+    measured: Comparison,
+    settings: Mapping[str, Setting],
+    groups: Sequence[Group],
+    gemm: Mapping[str, Any],
+    does_not_fit: Mapping[str, str],
+    trials: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the sides so far found, and write it."""
+    does_not_fit = {**does_not_fit, **_reasons(measured)}
     if options.ours in does_not_fit:
         sys.exit(f"{options.ours} does not fit: {does_not_fit[options.ours]}; lower batch_size or max_length")
+    groups_a_step = _groups_a_step(options)
     comparisons = groups_a_step * options.group_size * (options.group_size - 1) // 2
     tolerance = loss_tolerance(options.precision == "fp32", BETA, comparisons)
-    check_reports(measured.reports, tolerance, GRADIENT_TOLERANCE[options.precision])
-    gemm = bare_gemm_rate(options.model, options.precision)
+    differ = disagreements(measured.reports, tolerance, GRADIENT_TOLERANCE[options.precision])
     compared = figures(measured.reports, settings, groups, groups_a_step, gemm)
     result = {
         "question": "pairs per second of a training step, "
         + ("each side at its fastest setting" if options.best else "same settings on every side"),
         **next(iter(compared["against"].values()), {}),
         **compared,
+        "disagrees": bool(differ),
+        "disagreements": differ,
         "does_not_fit": does_not_fit,
         **({"trials": trials} if options.best else {}),
         "turns": "a step each" if measured.in_turns else "all steps of one side, then of the next",
@@ -165,13 +196,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(),
     }
     result["summary"] = table(result)
-    print("\n".join(result["summary"]))
     if not options.no_result:
-        print("written to", write_result(_question(options, is_demo), result, options.out))
-    rates = {name: side["pairs_per_second"] for name, side in result["sides"].items()}
-    last = {"speedup": result.get("speedup"), "pairs_per_second": rates, "settings": result["settings"]}
-    print(json.dumps(last), flush=True)
+        print("written to", write_result(_question(options, is_demo), result, options.out), flush=True)
     return result
+
+
+def _groups_a_step(options: argparse.Namespace) -> int:
+    return options.global_batch if options.best else options.batch_size * options.accumulation
 
 
 def _setting(options: argparse.Namespace, provider: str) -> Setting:
