@@ -1,6 +1,8 @@
 # demo, test, lint and bench make the environment first, from nothing but Python ≥ 3.11, again when its lock file changes.
 PYTHON ?= python3
 RESULTS ?= runs/benchmarks
+# Of one call of `gpu` or `gpu-more`.
+SECONDS ?= 480
 PLATFORM := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 EXTRAS := demo,peft,trl,peers,plot,dev
 comma := ,
@@ -9,11 +11,7 @@ CPU_BUILD ?= --torch-backend cpu
 GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft==0.21.2 liger-kernel==0.8.5 \
 	cut-cross-entropy==25.1.1 pytest-benchmark==5.3.1
 
-# Runs commands under a bound of seconds (STEP NAME SECONDS COMMAND …); one that fails does not stop the others.
-STEPS = failed=; step() { name=$$1; shift; echo "== $$name"; timeout -s INT -k 5 "$$@" || failed="$$failed $$name"; }
-FAILED = test -z "$$failed" || { echo "failed or out of time:$$failed"; exit 1; }
-
-.PHONY: env lock versions demo test lint bench gpu gpu-train gpu-wheels
+.PHONY: env lock versions demo test lint bench gpu gpu-more gpu-wheels
 
 env: .venv/installed
 
@@ -51,33 +49,13 @@ lint: env
 bench: env
 	for question in head attention rows layout; do .venv/bin/python benchmarks/run.py $$question --out $(RESULTS) || exit 1; done
 
-# Both use the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one, and the
-# repository root must stay off sys.path. The seconds of either add up to 535.
-gpu gpu-train: export PYTHONPATH := $(CURDIR)/build/gpu-path:$(CURDIR)/build/gpu-packages
-gpu gpu-train: build/gpu-path build/gpu-packages
-# Kernels compile in many processes at once, where pytest-xdist is there; tests of tens of GB run alone.
-WORKERS = $(shell $(PYTHON) -c "import xdist" >/dev/null 2>&1 && echo --numprocesses 8)
-LARGE := 32_bits or to_the_31 or far_rows
-gpu:
-	@$(STEPS); \
-	step tests 145 $(PYTHON) -Pm pytest -m gpu -k "not ($(LARGE))" $(WORKERS); \
-	step large 35 $(PYTHON) -Pm pytest -m gpu -k "$(LARGE)"; \
-	step head 155 $(PYTHON) benchmarks/run.py head --seconds 125 --out $(RESULTS); \
-	step attention 65 $(PYTHON) benchmarks/run.py attention --seconds 30 --out $(RESULTS); \
-	step rows 50 $(PYTHON) benchmarks/run.py rows --seconds 32 --out $(RESULTS); \
-	step layout 85 $(PYTHON) benchmarks/run.py layout --out $(RESULTS); \
-	$(PYTHON) benchmarks/run.py summary $(RESULTS); \
-	$(FAILED)
-
-# Training against TRL: a model of 1 B with the same settings and each side at its fastest, one of 8 B with LoRA.
-TRAIN = $(PYTHON) benchmarks/run.py speed --synthetic ultrafeedback --precision bf16 --max_length 2048 --out $(RESULTS)
-gpu-train:
-	@$(STEPS); \
-	step same 105 $(TRAIN) --model llama-3.2-1b --batch_size 8 --checkpointing; \
-	step best 280 $(TRAIN) --model llama-3.2-1b --best --global_batch 8 --steps 4; \
-	step lora 150 $(TRAIN) --model llama-3-8b --lora --batch_size 4 --checkpointing --steps 4; \
-	$(PYTHON) benchmarks/run.py summary $(RESULTS); \
-	$(FAILED)
+# One call on a GPU: smoke, tests, figures; then what is left. Each leaves one archive in RESULTS and a summary as its last
+# lines. Both use the packages that PYTHON has, and before them the wheels of build/wheels. They may not include this one,
+# and the repository root must stay off sys.path. Without a GPU both rehearse on the CPU.
+gpu gpu-more: export PYTHONPATH := $(CURDIR)/build/gpu-path:$(CURDIR)/build/gpu-packages
+gpu gpu-more: build/gpu-path build/gpu-packages
+	@$(PYTHON) benchmarks/run.py gpu $(if $(filter cpu,$(PLATFORM)),--rehearse) $(if $(filter gpu-more,$@),--more) \
+		--seconds $(SECONDS) --out $(RESULTS)
 
 build/gpu-path:
 	mkdir -p $@ && ln -s $(CURDIR)/dpo_fast $(CURDIR)/kernels/dpo_fast_kernels $@

@@ -21,7 +21,11 @@ QUESTIONS = {
     "rows": ("ops.rows", "bytes per second of the work on rows of logits, against a copy"),
     "attention": ("ops.attention", "shared-prefix attention, against a plain variable-length call of as many FLOP"),
     "liger": ("ops.liger", "FusedLinearDPOLoss against Liger's, same arguments"),
-    "summary": ("harness.results", "a short table of the newest results in a folder"),
+    "smoke": ("gpu.smoke", "does everything run that a GPU may do otherwise, riskiest first"),
+    "kernels": ("gpu.kernels", "which kernels a training step spends its time in"),
+    "gpu": ("gpu.call", "all of it on a GPU, in one call"),
+    "predict": ("gpu.predict", "what an H200 should take, counted before it is measured"),
+    "summary": ("harness.summary", "a short table of the newest results in a folder, predictions beside them"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast_kernels.head.gemm import Gemm
-from repository import BENCHMARKS, ROOT
+from repository import BENCHMARKS
 from suite.harness.timing import DTYPES, LIMITS, SIZE_FACTOR, Repeat, Row, relative_error, take_turns
 from suite.ops import head
 from suite.ops.head_problem import HeadProblem, HeadShape, pair_lengths
@@ -223,24 +222,3 @@ def test_errors_are_relative_and_nan_never_passes():
     row = Row("a", "")
     row.check({"loss": 2 * LIMITS["fp32"]}, "fp32", at_size=True)
     assert not row.disagrees and SIZE_FACTOR > 2
-
-
-@pytest.mark.skipif(not (shutil.which("make") and shutil.which("timeout")), reason="needs make and timeout")
-@pytest.mark.parametrize("broken", ["", "run.py rows"])
-def test_make_gpu_goes_on_after_a_failure_and_tells(broken, tmp_path):
-    """With a Python that only says what it is asked to run."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "run $*"\ncase "$*" in *"{broken or "nothing"}"*) exit 3;; esac\n')
-    python.chmod(0o755)
-    wheel = tmp_path / "build" / "wheels" / "one.whl"
-    wheel.parent.mkdir(parents=True)
-    wheel.touch()
-    command = ["make", "-C", str(tmp_path), "gpu", f"PYTHON={python}", "RESULTS=here"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    steps = [line for line in done.stdout.splitlines() if line.startswith("run ")]
-    wanted = ["pip install", "-m gpu -k not (32_bits", "-m gpu -k 32_bits"]
-    wanted += ["run.py head", "run.py attention", "run.py rows", "run.py layout", "run.py summary here"]
-    assert len(steps) == len(wanted) and all(name in step for name, step in zip(wanted, steps, strict=True)), steps
-    assert (done.returncode != 0) == bool(broken)
-    assert ("failed or out of time: rows" in done.stdout) == bool(broken)

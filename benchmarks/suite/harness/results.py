@@ -1,13 +1,7 @@
-"""Result files: hardware and versions, medians with their spread, the summary of a folder.
-
-    python benchmarks/run.py summary FOLDER
-
-prints a short table of what this machine's newest results in a folder say.
-"""
+"""Result files: hardware and versions, medians with their spread."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -73,27 +67,3 @@ def write_result(question: str, result: dict[str, Any], folder: Path = RESULTS) 
     path = folder / f"{datetime.date.today().isoformat()}_{hardware()}_{question}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
-
-
-def summary(folder: Path) -> list[str]:
-    """Return the short table of this machine's newest result for each question, as lines.
-
-    A result's own `summary` is taken, a list of lines; where it has none, its figures that stand by themselves.
-    """
-    newest = {}
-    for path in sorted(folder.glob(f"*_{hardware()}_*.json")):
-        newest[path.stem.split("_", 2)[2]] = path  # later dates come later
-    lines = []
-    for question, path in newest.items():
-        result = json.loads(path.read_text())
-        figures = {name: value for name, value in result.items() if isinstance(value, (int, float))}
-        own = result.get("summary")
-        lines += ["", f"{question} ({path.name})"]
-        lines += own if isinstance(own, list) else [f"  {name}: {value:.4g}" for name, value in figures.items()]
-    return lines
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of result files")
-    print("\n".join(summary(parser.parse_args().folder)))

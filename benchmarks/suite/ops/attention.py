@@ -34,7 +34,7 @@ from dpo_fast.machine import peak_memory, reset_peak_memory, used_memory
 from dpo_fast_kernels import PrefixLayout, prefix_attention
 from dpo_fast_kernels.specification import prefix_attention_reference
 from suite.harness.results import environment, spread, write_result
-from suite.harness.timing import mark
+from suite.harness.timing import mark, runs_triton
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,6 +47,7 @@ BATCHES = {
 }
 CPU_MODELS = {"smollm2-135m": (9, 3, 64)}
 CPU_BATCHES = {"pairs 64/64": [(64, 64, 64)] * 2, "four of 64/64": [(64, 64, 64, 64, 64)]}
+INTERPRETED = ({"tiny": (2, 1, 16)}, {"pairs 8/8": [(8, 8, 8)]})  # models and batches for Triton's interpreter
 CHECKED = [(70, 50, 61), (33, 20, 1, 40, 29)]
 BACKENDS = {"cuda": ("triton", "varlen", "flash-attn", "sdpa"), "cpu": ("flash-cpu", "sdpa")}
 
@@ -56,12 +57,15 @@ def main() -> None:
     parser.add_argument("--device", choices=BACKENDS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
     parser.add_argument("--seconds", type=float, default=None, help="time for all measurements, checks come on top")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="whose heads to take, on a GPU")
     parser.add_argument("--backends", nargs="+", default=None, help="some of ours; plain and duplicated always run")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file and the plot")
     options = parser.parse_args()
 
     cuda = options.device == "cuda"
-    models, batches = (MODELS, BATCHES) if cuda else (CPU_MODELS, CPU_BATCHES)
+    on_cpu = INTERPRETED if runs_triton(torch.device("cpu")) else (CPU_MODELS, CPU_BATCHES)
+    models, batches = (MODELS, BATCHES) if cuda else on_cpu
+    models = {name: heads for name, heads in models.items() if not options.models or name in options.models}
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     seconds = options.seconds or (60 if cuda else 4)
     backends = options.backends or BACKENDS[options.device]

@@ -83,6 +83,10 @@ def main() -> None:
         raise SystemExit(f"the layouts disagree: losses {shared['losses']} against {padded['losses']}")
 
 
+def model_config(size: str) -> LlamaConfig:
+    return LlamaConfig(**SIZES[size], vocab_size=VOCABULARY[size], max_position_embeddings=8192)
+
+
 def synthetic_pairs(options: argparse.Namespace) -> Dataset:
     """Return token ids of pairs that fill all steps, one warm-up step included."""
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +106,7 @@ def synthetic_pairs(options: argparse.Namespace) -> Dataset:
 def train(layout: str, rows: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     """Train one model in one layout and return what was measured."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[options.size], vocab_size=VOCABULARY[options.size], max_position_embeddings=8192)
+    config = model_config(options.size)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     with device:

@@ -1,7 +1,7 @@
 """The models that run.py speed trains: a folder or name as everywhere, or random weights in a real model's shape.
 
 Random weights train as fast as real ones and need no hub. Their configurations are the published ones, mixtral-small is
-Mixtral 8x7B at a quarter of its width and depth.
+Mixtral 8x7B at a quarter of its width and depth, and `tiny` is for rehearsals.
 
 Also what a training step of a model must compute, whatever way it goes:
 
@@ -74,6 +74,16 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "llama-3-8b": {**_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "tiny": {
+        **_LLAMA_3,
+        "vocab_size": 2003,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "mixtral-small": {
         "model_type": "mixtral",
         "vocab_size": 32000,
@@ -112,7 +122,7 @@ def build_model(name: str, *, dtype: torch.dtype, device: torch.device, attentio
 def step_flops(config: PretrainedConfig, groups: Sequence[Mapping[str, Any]], *, frozen: bool) -> float:
     """Return the FLOP that a training step on `groups` cannot do without."""
     config = config.get_text_config()
-    body, head = _parameters(config)
+    body, head, _ = model_parameters(config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     units = config.num_hidden_layers * config.num_attention_heads * width
     each = 4 if frozen else 6
@@ -134,8 +144,8 @@ def _attended_pairs(group: Mapping[str, Any]) -> int:
     return prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in completions)
 
 
-def _parameters(config: PretrainedConfig) -> tuple[float, int]:
-    """Return how many weights multiply a token: in the body, of a mixture the visited share, and in the head."""
+def model_parameters(config: PretrainedConfig) -> tuple[float, int, int]:
+    """Return how many weights multiply a token in the body (of a mixture the visited share) and the head, and all."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -146,4 +156,4 @@ def _parameters(config: PretrainedConfig) -> tuple[float, int]:
         for name, parameter in model.base_model.named_parameters()
         if parameter.dim() > 1 and parameter is not embeddings
     )
-    return body, model.get_output_embeddings().weight.numel()
+    return body, model.get_output_embeddings().weight.numel(), model.num_parameters()

@@ -6,11 +6,11 @@
 
 Each side (`providers.py`) lives in a process of its own, so peak memory is its own. On a CPU the sides take
 turns, a step each, while the others wait; on a GPU, whose memory they would share, one runs all its steps, then the
-next, and the result is written after each. Token ids, order, seed, precision, optimizer and batch are the same; reference log-probs are computed before the
-clock starts. Losses and gradient norms of all steps are compared: where they differ, the result is written with
-`disagrees`, and the exit status is 1. The first step of each
-side warms up and does not count; after the timed ones another is watched for host syncs and time by part
-(`probe.py`) and does not count either. A side that runs out of memory is reported as such.
+next, and the result is written after each. Token ids, order, seed, precision, optimizer and batch are the same.
+Reference log-probs are computed before the clock starts. Losses and gradient norms of all steps are compared: where
+they differ, the result is written with `disagrees`, and the exit status is 1. The first step of each side warms up and
+does not count; after the timed ones another is watched for host syncs and time by part (`probe.py`) and does not count
+either. A side that runs out of memory is reported as such.
 
 same settings   the default: --batch_size groups in one micro-batch, times --accumulation, on every side
 best against    --best: an optimizer step is --global_batch groups, and every side first tries micro-batches of 1, 2, 4

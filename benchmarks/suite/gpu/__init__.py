@@ -1,0 +1,1 @@
+"""One call on a GPU: smoke, tests and figures within a bound of seconds."""
