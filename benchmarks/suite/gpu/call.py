@@ -4,9 +4,10 @@
     python benchmarks/run.py gpu --more --out DIR     what is left
     python benchmarks/run.py gpu --rehearse --out DIR the same steps on a CPU at toy sizes
 
-No step stops another. One that takes too long is ended and named; steps for which no time is left are named too. Logs
-and results are packed into DIR/gpu.tar.gz every few seconds and after every step, so that whatever ends this process
-leaves what was written before. The summary is the last that is printed and fits into 12 000 characters.
+No step stops another. One that takes too long is ended and named, after half more than its seconds where earlier steps
+have left so much; steps for which no time is left are named too. Logs and results are packed into DIR/gpu.tar.gz every
+few seconds and after every step, so that whatever ends this process leaves what was written before. The summary is the
+last that is printed, and fits into 12 000 characters.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Call:
         left = self._deadline - began
         if left < _LEAST_SECONDS:
             return
-        limit = min(step.seconds, left)
+        spare = left - sum(each.step.seconds for each in self.outcomes[self.outcomes.index(outcome) :])
+        limit = min(step.seconds + max(0, min(spare, step.seconds / 2)), left)
         print(f"== {step.name} ({limit:.0f} s)", flush=True)
         log = self._work / f"{step.name.replace(' ', '-')}.log"
         outcome.status = "interrupted"
@@ -89,9 +91,11 @@ class Call:
                 env={**os.environ, **_ENVIRONMENT, **step.environment},
                 process_group=0,
             )
-            status = self._wait(began + limit)
-            self._end()
-        outcome.seconds = time.monotonic() - began
+            try:
+                status = self._wait(began + limit)
+            finally:
+                self._end()
+                outcome.seconds = time.monotonic() - began
         outcome.status = "out of time" if status is None else "done" if status == 0 else f"failed ({status})"
         print(f"   {outcome.status}, {outcome.seconds:.1f} s", flush=True)
         if outcome.status != "done":

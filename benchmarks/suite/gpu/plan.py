@@ -74,7 +74,13 @@ def first() -> list[Step]:
         ),
         Step("kernels", 25, _ask("kernels")),
         Step("attention", 30, _ask("attention --models llama-3-8b --backends triton varlen --seconds 10")),
-        Step("rows", 15, _ask("rows --shapes llama-3-8b --dtypes fp32 bf16 --seconds 4")),
+        Step(
+            "rows",
+            15,
+            _ask(
+                "rows --shapes llama-3-8b --dtypes fp32 bf16 --seconds 4 --providers triton torch sequence-triton plain"
+            ),
+        ),
         Step("layout", 45, _ask("layout --steps 10")),
     ]
 
@@ -84,11 +90,12 @@ def more() -> list[Step]:
     alone = f"{_SPEED} {_1B} --steps 4 --against"
     return [
         Step("layers compiled", 45, _ask(f"{alone} --compile")),
-        Step("lora", 100, _ask(f"{_SPEED} {_8B} --steps 4")),
-        Step("best", 185, _ask(f"{_SPEED} --model llama-3.2-1b --best --global_batch 8 --steps 3")),
+        Step("layers liger", 30, _ask(f"{alone} --layer_kernels liger")),
+        Step("lora", 95, _ask(f"{_SPEED} {_8B} --steps 4")),
+        Step("best", 175, _ask(f"{_SPEED} --model llama-3.2-1b --best --global_batch 8 --steps 3")),
         Step("large tests", 40, _pytest(gpu_tests(), "-m", "gpu", "-k", LARGE)),
-        Step("other heads", 55, _ask(f"{_HEADS} --seconds 40")),
-        Step("liger", 45, _ask("liger --seconds 20")),
+        Step("other heads", 50, _ask(f"{_HEADS} --seconds 40")),
+        Step("liger", 35, _ask("liger --seconds 15")),
     ]
 
 
@@ -98,7 +105,7 @@ def first_rehearsed() -> list[Step]:
     alike = ["-k", f"not ({LARGE} or {SLOW})"]
     return [
         Step("smoke", 50, _ask("smoke"), _INTERPRETED),
-        Step("collected tests", 40, _pytest(gpu_tests(), "-m", "gpu", *alike, "--collect-only", "-q")),
+        Step("collected tests", 35, _pytest(gpu_tests(), "-m", "gpu", *alike, "--collect-only", "-q")),
         Step("tests", 75, _pytest([interpreted], "-k", f"not ({LARGE} or {SLOW} or compiles)", *_workers(2))),
         Step(
             "training",
@@ -114,9 +121,14 @@ def first_rehearsed() -> list[Step]:
             ),
             _INTERPRETED,
         ),
-        Step("kernels", 25, _ask("kernels --model tiny --max_length 64 --batch_size 2")),
+        Step("kernels", 30, _ask("kernels --model tiny --max_length 64 --batch_size 2")),
         Step("attention", 30, _ask("attention --backends triton sdpa --seconds 1"), _INTERPRETED),
-        Step("rows", 25, _ask("rows --shapes tiny --rows 8 --dtypes fp32 --seconds 4 --repeats 1"), _INTERPRETED),
+        Step(
+            "rows",
+            30,
+            _ask("rows --shapes tiny --rows 8 --dtypes fp32 --seconds 4 --repeats 1 --providers triton torch"),
+            _INTERPRETED,
+        ),
         Step("layout", 45, _ask("layout --size tiny --steps 3 --max_length 200")),
     ]
 
@@ -127,8 +139,9 @@ def more_rehearsed() -> list[Step]:
     best = "speed --synthetic hh --model tiny --max_length 64 --best --global_batch 1 --steps 1 --against trl"
     return [
         Step("layers compiled", 90, _ask(f"{alone} --compile")),
-        Step("lora", 75, _ask(f"{alone} --lora --checkpointing")),
-        Step("best", 150, _ask(best)),
+        Step("layers liger", 45, _ask(f"{alone} --layer_kernels none")),  # Liger's kernels need a GPU
+        Step("lora", 55, _ask(f"{alone} --lora --checkpointing")),
+        Step("best", 135, _ask(best)),
         Step("large tests", 50, _pytest(gpu_tests(), "-m", "gpu", "-k", LARGE, "--collect-only", "-q")),
         Step("other heads", 40, _ask("head --shapes tiny --rows 40 --dtype fp32 --repeats 1 --seconds 5")),
         Step("liger", 45, _ask("liger --shapes tiny --rows 40 --repeats 1 --seconds 5")),

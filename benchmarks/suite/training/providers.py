@@ -106,6 +106,7 @@ def _dpo_fast(setting: Setting, folder: str, output: str) -> TrainingLoop:
         args=DPOConfig(
             **_arguments(setting, output),
             max_tokens_per_micro_batch=setting.max_tokens,
+            **({"layer_kernels": setting.layer_kernels} if setting.layer_kernels else {}),
             layout="shared",  # else a model that cannot share prompts would be timed in padded rows
             reference_cache_dir=f"{folder}/dpo_fast",
         ),

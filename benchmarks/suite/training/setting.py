@@ -18,6 +18,7 @@ class Setting:
         accumulation: number of micro-batches in an optimizer step.
         checkpointing: whether the backward recomputes activations.
         compiled: whether torch.compile is used; whole in other trainers, layer by layer in dpo_fast.
+        layer_kernels: what fuses the layers of dpo_fast, as its option of that name; None for its own choice.
         precision: fp32, or bf16 for autocast; frozen weights (LoRA) are bf16 then.
         lora: whether a rank-16 adapter of all linear layers is trained.
         max_length: number of tokens that rows were cut to.
@@ -34,6 +35,7 @@ class Setting:
     accumulation: int = 1
     checkpointing: bool = False
     compiled: bool = False
+    layer_kernels: str | None = None
     precision: str = "fp32"
     lora: bool = False
     max_length: int = 1024

@@ -67,6 +67,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step, same settings")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, same settings")
     parser.add_argument("--compile", action="store_true", dest="compiled", help="torch.compile, on every side")
+    parser.add_argument(
+        "--layer_kernels", help="compile, liger or none, in dpo_fast alone; default its own choice"
+    )
     parser.add_argument("--max_tokens", type=int, help="of a pack of dpo_fast; default what it takes by itself")
     parser.add_argument("--best", action="store_true", help="best against best, instead of same settings")
     parser.add_argument("--global_batch", type=int, default=8, help="groups of a step, best against best")
@@ -213,6 +216,7 @@ def _setting(options: argparse.Namespace, provider: str) -> Setting:
         accumulation=1 if options.best else options.accumulation,
         checkpointing=options.checkpointing,
         compiled=options.compiled,
+        layer_kernels=options.layer_kernels,
         precision=options.precision,
         lora=options.lora,
         max_length=options.max_length,
@@ -289,6 +293,7 @@ def _question(options: argparse.Namespace, is_demo: bool) -> str:
         *([f"x{options.accumulation}"] if options.accumulation > 1 and not options.best else []),
         *(["checkpointing"] if options.checkpointing and not options.best else []),
         *(["compiled"] if options.compiled else []),
+        *([f"layers-{options.layer_kernels}"] if options.layer_kernels else []),
         *([f"packs{options.max_tokens}"] if options.max_tokens else []),
         *([f"k{options.group_size}"] if options.group_size > 2 else []),
         *([f"vs-{'-'.join(options.against)}"] if options.against else []),
