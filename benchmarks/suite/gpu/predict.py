@@ -8,7 +8,7 @@
                 reaches on Hopper
 
 These are predictions, not measurements. Counted are: the head's products and passes over logits and dW by strategy; in
-training the products, attention, elementwise work of eager layers per position, and casts, clipping and AdamW per
+training the products, attention, elementwise work of the layers per position, and casts, clipping and AdamW per
 parameter. Not counted: launches, host time, a product of few rows being slower than a large one.
 
 --write puts them into `benchmarks/predictions.json`, from which `run.py summary` prints them beside what was measured.
@@ -36,9 +36,10 @@ from suite.training.workloads import synthetic_groups
 
 HARDWARE, FLOPS, BYTES = "h200", 790e12, 4.3e12
 ATTENTION = 0.44  # of FLOPS: published FlashAttention-2 on Hopper, about 350 TFLOP/s
-# Bytes per token position of the elementwise work of a 1 B Llama's eager layers under autocast, forward and backward:
-# 155 GB for 7 574 positions, counted.
-ELEMENTWISE = 155e9 / 7574
+# Bytes of elementwise work in a 1 B Llama's layers under autocast, forward and backward, by what fuses it: docs/LOG.md
+# counts them for 7 574 positions. 12 GB of each are casts of weights and gradients, which stand below.
+LAYERS = {"none": 169.6e9, "liger": 80.4e9, "compile": 52.5e9}
+_CASTS, _POSITIONS = 12e9, 7574
 # Bytes per parameter in fp32: AdamW reads four and writes three, clipping reads two and writes one, and two casts.
 OPTIMIZER = 28 + 12 + 6 + 6
 _LOGIT = {"fp32": 4, "bf16": 2}
@@ -123,7 +124,7 @@ def attention() -> Iterator[Prediction]:
 
 
 def training() -> Iterator[Prediction]:
-    """The mean of the timed steps of `run.py speed` at its settings in `make gpu`."""
+    """The mean of the timed steps of `run.py speed` at its settings in `make gpu`, and of fewer in `make gpu-more`."""
     config = model_config("llama-3.2-1b")
     setting = Setting("dpo_fast", "llama-3.2-1b", micro_batch=8)
     count = setting.rows * setting.all_steps
@@ -131,6 +132,9 @@ def training() -> Iterator[Prediction]:
     timed = [groups[start : start + 8] for start in range(8, 8 * (1 + setting.steps), 8)]
     yield step("training, dpo_fast", config, timed, padded=False, head_passes=10, head_products=3)
     yield step("training, trl", config, timed, padded=True, head_passes=6, head_products=4)
+    for layers in ("compile", "liger"):
+        name = f"layers, {layers}"
+        yield step(name, config, timed[:4], padded=False, head_passes=10, head_products=3, layers=layers)
 
 
 def layouts() -> Iterator[Prediction]:
@@ -153,6 +157,7 @@ def step(
     padded: bool,
     head_passes: int,
     head_products: int,
+    layers: str = "none",
 ) -> Prediction:
     """Return the prediction of a mean step: rows padded to the longest of their step, or each token once."""
     body, head_weights, parameters = model_parameters(config)
@@ -167,7 +172,8 @@ def step(
         width = 12 * config.num_hidden_layers * config.hidden_size
         attended += width * len(rows) * max(rows) ** 2 / 2 if padded else shared
         flop += products
-        moved += ELEMENTWISE * positions + OPTIMIZER * parameters + head_passes * config.vocab_size * scored
+        moved += (LAYERS[layers] - _CASTS) / _POSITIONS * positions
+        moved += OPTIMIZER * parameters + head_passes * config.vocab_size * scored
     return predict(figure, flop / len(steps), moved / len(steps), attended / len(steps))
 
 

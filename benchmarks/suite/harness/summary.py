@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_TRAINING = "train-llama-3.2-1b-ultrafeedback-full-bf16-len2048-b8-"
 PREDICTIONS = Path(__file__).parents[2] / "predictions.json"
 
 
@@ -64,9 +65,13 @@ def _figures(question: str, result: Mapping[str, Any]) -> Iterator[tuple[str, fl
     elif question.startswith("layout-1b"):
         for name, side in result["layouts"].items():
             yield f"layout, {name}", 1e3 * side["seconds_per_step"]["median"], result
-    elif question.startswith("train-llama-3.2-1b-ultrafeedback-full-bf16-len2048-b8-vs"):
+    elif question.startswith(_TRAINING):
+        rest = question.removeprefix(_TRAINING)
+        layers = {"compiled": "compile", "layers-liger": "liger"}.get(rest)
         for name, side in result["sides"].items():
-            yield f"training, {name}", 1e3 * side["seconds_per_step"]["median"], result
+            if layers or rest.startswith("vs-"):
+                figure = f"layers, {layers}" if layers else f"training, {name}"
+                yield figure, 1e3 * side["seconds_per_step"]["median"], result
 
 
 def prediction_lines(folder: Path) -> list[str]:
@@ -81,12 +86,11 @@ def prediction_lines(folder: Path) -> list[str]:
 
 def prediction_table(predictions: Mapping[str, Any], found: Mapping[str, tuple[float, bool]]) -> list[str]:
     """Return the lines of predictions, with milliseconds from `measured` where they are known."""
-    lines = [
-        f"{'ms on one ' + predictions['hardware'].upper():52}{'products':>9}{'bytes':>8}{'predicted':>10}"
-        f"{'measured':>10}{'ratio':>7}"
-    ]
+    title = f"predicted for one {predictions['hardware'].upper()}"
+    lines = [f"{title:53}{'TFLOP':>8}{'GB':>8}{'FLOP ms':>9}{'GB ms':>8}{'predicted':>10}{'measured':>10}{'ratio':>7}"]
     for each in predictions["figures"]:
-        line = f"{each['figure']:52}{each['ms_flop']:9.2f}{each['ms_bytes']:8.2f}{each['expected_ms']:10.2f}"
+        line = f"{each['figure']:53}{each['tflop']:8.3g}{each['gb']:8.3g}{each['ms_flop']:9.2f}{each['ms_bytes']:8.2f}"
+        line += f"{each['expected_ms']:10.2f}"
         if each["figure"] in found:
             milliseconds, disagrees = found[each["figure"]]
             line += f"{milliseconds:10.2f}{milliseconds / each['expected_ms']:7.2f}{'≠' if disagrees else ''}"

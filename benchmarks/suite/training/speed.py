@@ -67,9 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step, same settings")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, same settings")
     parser.add_argument("--compile", action="store_true", dest="compiled", help="torch.compile, on every side")
-    parser.add_argument(
-        "--layer_kernels", help="compile, liger or none, in dpo_fast alone; default its own choice"
-    )
+    parser.add_argument("--layer_kernels", help="compile, liger or none, in dpo_fast alone; default its own choice")
     parser.add_argument("--max_tokens", type=int, help="of a pack of dpo_fast; default what it takes by itself")
     parser.add_argument("--best", action="store_true", help="best against best, instead of same settings")
     parser.add_argument("--global_batch", type=int, default=8, help="groups of a step, best against best")
