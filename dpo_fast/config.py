@@ -444,13 +444,7 @@ class DPOConfig(TrainingArguments):
                 f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None; the paper takes 0.3 to 0.6 "
                 "for instruct models."
             )
-        coupled = [name for name in self.loss_type if uses(name, "step")]
-        if self.neftune_noise_alpha is not None and coupled:
-            raise ValueError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} does not go with {coupled}, which run a step twice, "
-                f"each time with other noise; turn it off, or leave them out of loss_type={self.loss_type}."
-            )
-        if self.use_weighting and coupled:
+        if self.use_weighting and (coupled := [name for name in self.loss_type if uses(name, "step")]):
             raise ValueError(
                 f"use_weighting=True does not go with {coupled}, which look at a whole step before its pairs can be "
                 f"weighed; turn it off, or leave them out of loss_type={self.loss_type}."

@@ -14,6 +14,7 @@ from torch import nn
 from dpo_fast.batches.groups import Layout
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import InputError
+from dpo_fast.losses import uses
 from dpo_fast.model.adapters import prepare_peft
 from dpo_fast.model.agreement import own_logps, reference_has_adapters, settle_forward
 from dpo_fast.model.dropout import disable_dropout
@@ -73,6 +74,11 @@ def settle_layout(
     )
     policy = functools.partial(settle, model, training=args.disable_dropout, aux_loss=aux_loss)
     wanted = args.layout
+    if args.neftune_noise_alpha is not None and (coupled := [n for n in args.loss_mix if uses(n, "step")]):
+        raise InputError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} does not go with {coupled}, which run a step twice, each "
+            f"time with other noise; turn it off, or leave them out of loss_type={args.loss_type}"
+        )
     if args.neftune_noise_alpha is not None and wanted != "padded":
         reason = f"neftune_noise_alpha={args.neftune_noise_alpha} gives every sequence noise of its own, prompt and all"
         if wanted == "shared":
