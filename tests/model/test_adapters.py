@@ -99,6 +99,7 @@ CASES = {
     **{f"LoRA, {init}": ("LORA", {"r": 4, "init_lora_weights": init}) for init in INITIALISATIONS},
     **{f"LoRA, {name}": ("LORA", {"r": 4, **options}) for name, options in OPTIONS.items()},
 }
+QUICK = {"ADALORA", "C3A", "IA3", "OFT", "OSF", "SHADOW", "TRAINABLE_TOKENS", "VERA"}
 # Adapters that begin away from the model that they are put on.
 AWAY_FROM_THE_MODEL = {"C3A", "FOURIERFT", "LoRA, False"}
 # Adapters that mix the tokens of a row, or draw random numbers.
@@ -161,7 +162,14 @@ def stored(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in TUNERS and case not in QUICK else ())
+        for case in CASES
+        if case not in REFUSED
+    ],
+)
 def test_steps_and_references_are_those_of_a_plain_loop(tmp_path, case):
     tied = CASES[case][1].get("tied", False)
     rows, held_out = pairs(4), pairs(6, seed=3)
