@@ -55,6 +55,8 @@ class Resources(NamedTuple):
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     tensor_cores: bool
+    wide_loads: bool  # 16 bytes a thread
+    waits_in_loop: bool  # threads for one another
 
 
 def compile_all(cases: Sequence[Case], capability: int, workers: int = 2) -> list[Resources]:
@@ -117,4 +119,13 @@ def _compile(case: Case, capability: int) -> Resources:
         spilled=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
         tensor_cores=any(name in compiled.asm["ptx"] for name in TENSOR_CORE_INSTRUCTIONS),
+        wide_loads=re.search(r"ld\.global\.[.\w]*v4\.b32", compiled.asm["ptx"]) is not None,
+        waits_in_loop=any("bar" in loop for loop in _loops(compiled.asm["ptx"])),
     )
+
+
+def _loops(ptx: str) -> list[str]:
+    """Returns the text of every loop: from a label to a later jump to it."""
+    labels = {match[1]: match.end() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    jumps = [(labels[match[1]], match.start()) for match in re.finditer(r"\bbra[.\w]*\s+(\$\w+)", ptx)]
+    return [ptx[start:end] for start, end in jumps if start < end]

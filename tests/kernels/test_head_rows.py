@@ -142,6 +142,26 @@ def check_far_rows(row_ops: ModuleType, device="cpu") -> None:
     assert torch.equal(far, z)
 
 
+def check_arguments_that_lie_apart(row_ops: ModuleType, device="cpu") -> None:
+    """Tiles, targets, biases and offsets with strides of their own, as columns and slices of the user's tensors."""
+    z, targets, bias = tile(7, 1003, torch.float32, True, device)
+    wide = torch.full((7, 1024), torch.nan, device=device)
+    out = torch.full_like(wide, torch.nan)
+    wide[:, :1003] = z
+    apart = [torch.stack([tensor, tensor + 1], 1)[:, 0] for tensor in (targets, bias)]
+    found, lse, _ = forward(row_ops, wide[:, :1003], *apart)
+    expected = row_logps_reference(total(z, bias, torch.float64), targets.cpu())
+    eager = row_logps_reference(total(z, bias, torch.float32), targets.cpu())
+    assert_close_to_truth(found, eager.logps, expected.logps, "logps")
+    options = {"transform": LogitTransform(), "out": out[:, :1003]}
+    row_ops.row_logps_bwd(wide[:, :1003], *apart, found, lse, **options)
+    eager, truth = (row_gradient_reference(total(z, bias, x), targets.cpu()) for x in (torch.float32, torch.float64))
+    assert_close_to_truth(out[:, :1003], eager, truth, "D")
+    assert out[:, 1003:].isnan().all(), "what lies between rows is nobody's"
+    cu_scores = torch.tensor([[0, 9], [3, 9], [7, 9]], device=device)[:, 0]
+    assert torch.allclose(row_ops.sequence_sums(found, cu_scores), torch.stack([found[:3].sum(), found[3:].sum()]))
+
+
 def check_sequence_sums(row_ops: ModuleType, device="cpu") -> None:
     """Long and short completions; sums that fp32 would get wrong."""
     lengths = [1, 2500, 1024, 3]
@@ -177,7 +197,9 @@ def test_torch(check, n, v, dtype, transform, biased, monkeypatch):
     check(rows_torch, n, v, dtype, transform, biased)
 
 
-@pytest.mark.parametrize("check", [check_masked_vocabulary, check_confident_target, check_sequence_sums])
+@pytest.mark.parametrize(
+    "check", [check_masked_vocabulary, check_confident_target, check_arguments_that_lie_apart, check_sequence_sums]
+)
 def test_torch_edges(check):
     check(rows_torch)
 
@@ -226,6 +248,7 @@ EDGES = (
     check_masked_vocabulary,
     check_confident_target,
     check_far_rows,
+    check_arguments_that_lie_apart,
     check_sequence_sums,
     check_ill_placed_sums,
 )
@@ -235,7 +258,7 @@ def interpreted_checks() -> int:
     """Runs the checks on the Triton kernels, in blocks small enough that rows take several; returns how many ran."""
     from dpo_fast_kernels.head import rows_triton
 
-    rows_triton._CONFIGS[9] = {"BLOCK_V": 256, "num_warps": 8}
+    rows_triton._CONFIGS[9] = {"BLOCK_V": 256, "num_warps": 1}  # a lane has several logits of a block
     cases = itertools.product(
         (check_forward, check_gradient), (torch.float32, torch.float16), TRANSFORMS.values(), (False, True)
     )
@@ -244,14 +267,15 @@ def interpreted_checks() -> int:
         check(rows_triton, 3, 507, dtype, transform, biased)
         count += 1
     check_forward(rows_triton, 2, 1, torch.float32, LogitTransform(), True)
+    check_forward(rows_triton, 2, 1008, torch.float16, TRANSFORMS["capped"], True)  # in aligned rows
     check_gradient(rows_triton, 2, 1003, torch.float32, TRANSFORMS["capped"], True)
     for check in EDGES:
         check(rows_triton)
-    return count + 2 + len(EDGES)
+    return count + 3 + len(EDGES)
 
 
 def test_triton_kernels_interpreted():
-    assert interpreted("test_head_rows", "interpreted_checks()") == 31
+    assert interpreted("test_head_rows", "interpreted_checks()") == 33
 
 
 @pytest.mark.gpu
