@@ -18,7 +18,6 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # Release of Triton → kernel and capability → bytes spilled and registers used beyond the bound, as compiled there.
 WORSE_THAN_LOCKED = {
-    "3.6": {("_linear_logps_fused_kernel", 90): (48, 0)},
     "3.9": {
         ("_linear_logps_fused_kernel", 90): (24, 0),
         ("_prefix_attention_dkv_kernel", 90): (48, 0),

@@ -65,6 +65,12 @@ _MERGED_ROWS, _MERGED_SPLITS = 32, 32  # block of the merging kernel
 _INTERPRETED_DEVICE = (132, 50 * 2**20)  # multiprocessors and bytes of L2 cache, where there is no GPU to ask
 
 
+@triton.jit
+def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns the left and the right half of a matrix."""
+    return tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=["N", "V", "splits", "blocks_per_split", "group_size"])
 def _linear_logps_fused_kernel(
     hidden,  # descriptor of blocks [BLOCK_N, BLOCK_H], or pointer
@@ -139,11 +145,12 @@ def _linear_logps_fused_kernel(
                 w = tl.load(columns + offs_h[:, None] * stride_wh, mask=offs_h[:, None] < H, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
-        # One half at a time: what is made from both at once would not fit the registers beside the accumulator.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
-        for half in tl.static_range(2):
-            z = left if half == 0 else right
-            offs_v = block * BLOCK_V + half * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
+        # One quarter at a time: what is made from all at once would not fit the registers beside the accumulator.
+        left, right = _halves(acc, BLOCK_N, BLOCK_V)
+        for quarter in tl.static_range(4):
+            first, second = _halves(left if quarter < 2 else right, BLOCK_N, BLOCK_V // 2)
+            z = first if quarter % 2 == 0 else second
+            offs_v = block * BLOCK_V + quarter * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
             mask_v = offs_v < V
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
