@@ -1,6 +1,6 @@
 """The products of the LM head, with their sums in fp32 whatever the dtype of the factors.
 
-    logits(x, w) = x·wᵀ in fp32        product(a, b) = a·b        accumulate(acc, a, b) = acc + a·b in fp32
+    logits(x, w) = x·wᵀ in fp32        product(a, b) = a·b        accumulate(acc, d, x) = acc + dᵀ·x in fp32
 
 float64 factors give float64. On CUDA the library hands over its fp32 accumulator. A CPU has no such call: there, bf16
 factors are cast to fp32 in blocks that stay in the cache, and for the length of one product oneDNN is told that it may
@@ -63,26 +63,33 @@ class Gemm:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Returns a·b, in fp32 on CUDA and in the factors' dtype on a CPU."""
-        if self.device_type == "cuda" and self.factor_dtype != self.sum_dtype:
-            return torch.mm(a, b, out_dtype=self.sum_dtype)  # a long sum may be split, and its parts not be rounded
-        return torch.mm(a, b)
+        return torch.mm(a, b, **self._in_sum_dtype)  # a long sum may be split, and its parts not be rounded
+
+    @property
+    def _in_sum_dtype(self) -> dict[str, torch.dtype]:
+        exact = self.device_type != "cuda" or self.factor_dtype == self.sum_dtype
+        return {} if exact else {"out_dtype": self.sum_dtype}
 
     def accumulate(
         self,
-        acc: Tensor,  # [V, H]
+        acc: Tensor | None,  # [V, H]
         d: Tensor,  # [N, V]
         x: Tensor,  # [N, H]
-    ) -> None:
-        """Adds dᵀ·x to `acc` in place."""
+    ) -> Tensor:
+        """Adds dᵀ·x to `acc` in place and returns it; the first of a sum has no `acc`, and finds nothing to read."""
+        if acc is None and (self.factor_dtype == self.sum_dtype or self.device_type == "cuda"):
+            return torch.mm(d.t(), x, **self._in_sum_dtype)
         if self.factor_dtype == self.sum_dtype:
-            acc.addmm_(d.t(), x)
-        elif self.device_type == "cuda":
-            torch.addmm(acc, d.t(), x, out_dtype=self.sum_dtype, out=acc)
-        else:
-            x = x.to(self.sum_dtype)
-            with _bf16_factors():
-                for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
-                    acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x)
+            return acc.addmm_(d.t(), x)
+        if self.device_type == "cuda":
+            return torch.addmm(acc, d.t(), x, out_dtype=self.sum_dtype, out=acc)
+        beta = 0 if acc is None else 1
+        acc = x.new_empty((d.shape[1], x.shape[1]), dtype=self.sum_dtype) if acc is None else acc
+        x = x.to(self.sum_dtype)
+        with _bf16_factors():
+            for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
+                acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x, beta=beta)
+        return acc
 
     def zeros(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Returns memory to accumulate in."""

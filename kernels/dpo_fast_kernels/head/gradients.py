@@ -3,12 +3,14 @@
     dX = g ⊙ (D·W)        dW = Dᵀ·(g ⊙ X)        db = Dᵀ·g
 
 D holds no coefficient: rounded to bf16, a factor that all targets share would bias every gradient alike. The factor g
-goes to the fp32 product and to the rows of X instead, whose roundings are as good as random.
+goes to the fp32 product and to the rows of X instead, whose roundings are as good as random. dW and db are summed in
+fp32: the first product is written where the others are added, and one product that is all of dW comes rounded.
 N score rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,66 +24,88 @@ class UnscaledGradients:
     """What rows of one completion add before their common coefficient is known: U = D·W, DᵀX and Dᵀ1."""
 
     hidden: Tensor | None  # [rows, H]
-    weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V, 1]
+    weight: Tensor | None = None  # [V, H]
+    bias: Tensor | None = None  # [V, 1]
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns what a gradient is kept in until the loss is scaled: fp16's in fp32, whose range it may need."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class HeadGradients:
-    """dX, dW and db of a head, as far as they are needed; None where not.
+    """dX, dW and db of a head, as far as they are needed.
 
     Args:
         x: hidden rows in the compute dtype, [N, H].
         w: the head's weight in the compute dtype, [V, H].
         gemm: how products are taken.
-        needs: whether hidden, weight and bias need a gradient.
-        hidden_dtype: of dX; fp16's is kept in fp32, whose range it may leave before the loss is scaled.
+        dtypes: what dX, dW and db come in; None where there is no need of one.
     """
 
-    def __init__(self, x: Tensor, w: Tensor, gemm: Gemm, needs: tuple[bool, bool, bool], hidden_dtype: torch.dtype):
+    def __init__(self, x: Tensor, w: Tensor, gemm: Gemm, dtypes: Sequence[torch.dtype | None]):
         self._x, self._w, self._gemm = x, w, gemm
-        dtype = gemm.sum_dtype if hidden_dtype == torch.float16 else hidden_dtype
-        self.hidden = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
-        self.weight = gemm.zeros(w.shape, x.device) if needs[1] else None
-        self.bias = gemm.zeros((w.shape[0], 1), x.device) if needs[2] else None
+        self._hidden_dtype, self._weight_dtype, self._bias_dtype = dtypes
+        self.hidden = x.new_empty(x.shape, dtype=self._hidden_dtype) if self._hidden_dtype else None
+        self._weight = self._bias = None  # until the first product
 
     def add(self, rows: slice, d: Tensor, g: Tensor) -> None:
         """Adds a tile whose coefficients g [rows] are known."""
         if self.hidden is not None:
             self.hidden[rows] = self._gemm.product(d, self._w).to(g.dtype).mul_(g[:, None])
         factor, unit = self._gemm.in_range(g)
-        if self.weight is not None:
-            self._accumulate(self.weight, d, (self._x[rows] * factor[:, None]).to(self._x.dtype), unit)
-        if self.bias is not None:
-            self._accumulate(self.bias, d, factor[:, None].to(self._x.dtype), unit)
+        if self._weight_dtype:
+            scaled = (self._x[rows] * factor[:, None]).to(self._x.dtype)
+            if d.shape[0] == self._x.shape[0] and self._weight_dtype == self._x.dtype:
+                self._weight = torch.mm(d.t(), scaled)
+            else:
+                self._weight = self._accumulate(self._weight, d, scaled, unit)
+        if self._bias_dtype:
+            self._bias = self._accumulate(self._bias, d, factor[:, None].to(self._x.dtype), unit)
 
-    def _accumulate(self, total: Tensor, d: Tensor, rows: Tensor, unit: Tensor | None) -> None:
+    def _accumulate(self, total: Tensor | None, d: Tensor, rows: Tensor, unit: Tensor | None) -> Tensor:
         if unit is None:
-            self._gemm.accumulate(total, d, rows)
-        else:
-            total.addcmul_(self._gemm.product(d.t(), rows), unit)
+            return self._gemm.accumulate(total, d, rows)
+        return _add_scaled(total, self._gemm.product(d.t(), rows), unit)
 
     def unscaled(self, rows: int) -> UnscaledGradients:
-        """Returns memory for a completion of so many rows."""
-        return UnscaledGradients(
-            None if self.hidden is None else self._x.new_empty((rows, self._x.shape[1]), dtype=self._gemm.sum_dtype),
-            None if self.weight is None else torch.zeros_like(self.weight),
-            None if self.bias is None else torch.zeros_like(self.bias),
-        )
+        """Returns the part of a completion of so many rows, to which none has been added."""
+        shape = (rows, self._x.shape[1])
+        return UnscaledGradients(self._x.new_empty(shape, dtype=self._gemm.sum_dtype) if self._hidden_dtype else None)
 
     def add_unscaled(self, part: UnscaledGradients, rows: slice, start: int, d: Tensor) -> None:
         """Adds rows of the completion that begins at row `start` to its part."""
         if part.hidden is not None:
             part.hidden[rows.start - start : rows.stop - start] = self._gemm.product(d, self._w)
-        if part.weight is not None:
-            self._gemm.accumulate(part.weight, d, self._x[rows])
-        if part.bias is not None:
-            self._gemm.accumulate(part.bias, d, self._x.new_ones((d.shape[0], 1)))
+        if self._weight_dtype:
+            part.weight = self._gemm.accumulate(part.weight, d, self._x[rows])
+        if self._bias_dtype:
+            part.bias = self._gemm.accumulate(part.bias, d, self._x.new_ones((d.shape[0], 1)))
 
     def add_scaled(self, part: UnscaledGradients, rows: slice, g: Tensor) -> None:
         """Adds a completion's part now that its coefficient g, a scalar tensor, is known."""
         if part.hidden is not None:
             self.hidden[rows] = part.hidden.mul_(g)
         if part.weight is not None:
-            self.weight.addcmul_(part.weight, g)
+            self._weight = _add_scaled(self._weight, part.weight, g)
         if part.bias is not None:
-            self.bias.addcmul_(part.bias, g)
+            self._bias = _add_scaled(self._bias, part.bias, g)
+
+    def weight(self) -> Tensor | None:
+        """Returns dW, [V, H]."""
+        return self._finished(self._weight, self._weight_dtype, self._w.shape[1])
+
+    def bias(self) -> Tensor | None:
+        """Returns db, [V]."""
+        total = self._finished(self._bias, self._bias_dtype, 1)
+        return None if total is None else total[:, 0]
+
+    def _finished(self, total: Tensor | None, dtype: torch.dtype | None, columns: int) -> Tensor | None:
+        if total is None and dtype:  # of no rows
+            return self._x.new_zeros((self._w.shape[0], columns), dtype=dtype)
+        return None if total is None else total.to(dtype)
+
+
+def _add_scaled(total: Tensor | None, part: Tensor, factor: Tensor) -> Tensor:
+    """Returns total + factor·part, in the memory of the total or, where there is none yet, of the part."""
+    return part.mul_(factor) if total is None else total.addcmul_(part, factor)

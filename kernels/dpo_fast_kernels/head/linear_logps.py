@@ -12,7 +12,8 @@ Logits are made in tiles of rows and read once. D does not depend on the loss, s
     head, D does not fit     log-probs                    the tile's D again     8·NHV, of those rows
 
 The backend "fused" makes the forward one kernel whose logits never leave registers; its backward makes tiles again.
-Memory beyond the inputs and gradients: one tile, D where it is kept (both at most `budget_bytes`), and fp32 dW.
+Memory beyond the inputs and gradients: one tile, D where it is kept (both at most `budget_bytes`), and fp32 dW where
+several tiles add to it.
 N rows, S completions, H hidden, V vocabulary.
 """
 
@@ -33,7 +34,7 @@ from dpo_fast_kernels.head.arguments import (
 )
 from dpo_fast_kernels.head.gemm import Gemm
 from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
-from dpo_fast_kernels.head.tiles import MIN_ROWS, TileMemory, bytes_per_row, tile_rows, tile_slices
+from dpo_fast_kernels.head.tiles import MIN_ROWS, TileMemory, bytes_per_row, empty_rows, tile_rows, tile_slices
 from dpo_fast_kernels.head.vocab_parallel import VocabularyShards, local_head
 
 
@@ -125,12 +126,12 @@ def _empty_kept(
     rows = x.shape[0]
     if keep == "U":
         return rows, x.new_empty(x.shape, dtype=gemm.sum_dtype)
-    if keep == "nothing":
-        return 0, x.new_empty(0)
     fitting = budget_bytes // (shards.largest * gemm.factor_dtype.itemsize)
     step = tile_rows(rows, shards.largest, budget_bytes, gemm)
     kept_rows = rows if fitting >= rows else fitting // step * step
-    return kept_rows, x.new_empty((kept_rows, w.shape[0]), dtype=gemm.factor_dtype)
+    if keep == "nothing" or kept_rows == 0:
+        return 0, x.new_empty(0)
+    return kept_rows, empty_rows(kept_rows, w.shape[0], gemm.factor_dtype, x.device)
 
 
 @torch.library.custom_op("dpo_fast::linear_logps_bwd", mutates_args=())
@@ -177,11 +178,9 @@ def _linear_logps_bwd(
                 if whole and weight.dtype == x.dtype:  # one product, whose fp32 sums are rounded once, by the product
                     dweight = torch.mm(gradient.t(), scaled)
                 else:
-                    dweight = gemm.zeros(weight.shape, x.device) if dweight is None else dweight
-                    gemm.accumulate(dweight, gradient, scaled)
+                    dweight = gemm.accumulate(dweight, gradient, scaled)
             if needs_bias:
-                dbias = gemm.zeros((w.shape[0], 1), x.device) if dbias is None else dbias
-                gemm.accumulate(dbias, gradient, coefficient[rows, None].to(x.dtype))
+                dbias = gemm.accumulate(dbias, gradient, coefficient[rows, None].to(x.dtype))
         if needs_hidden:
             dhidden = shards.add_up_(dhidden).to(hidden.dtype)
         if unit is not None:

@@ -11,7 +11,8 @@ where a loss outside the op has to make logits a second time (8·NHV) or keep D 
 A group larger than a tile is taken completion by completion: U = D·W and DᵀX are made before c is known and scaled
 after, for the same FLOP and one [V, H] a completion.
 
-Memory beyond the inputs: one tile, dX and fp32 dW. The backward multiplies both by ∂/∂loss.
+Memory beyond the inputs: one tile, dX and dW, which are kept in the dtypes that they are returned in (fp16's in fp32).
+dW is fp32 while several tiles add to it. The backward multiplies both by ∂/∂loss, in place unless the graph is kept.
 N score rows, S completions, G groups, H hidden, V vocabulary.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from dpo_fast_kernels.head.arguments import check_head, check_values, compute_dtype, pick_backend, row_operations
 from dpo_fast_kernels.head.gemm import Gemm
-from dpo_fast_kernels.head.gradients import HeadGradients
+from dpo_fast_kernels.head.gradients import HeadGradients, gradient_dtype
 from dpo_fast_kernels.head.linear_logps import linear_logps, row_logps_of, spread_over_rows
 from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
 from dpo_fast_kernels.head.score_layout import GroupTile, ScoreLayout, group_tiles
@@ -120,8 +121,8 @@ def _linear_preference_loss(
         row_ops = shards.row_operations(row_operations(backend))
         head = _Head(x, w, bias, targets, cu_scores, gemm, row_ops, transform, statistics, summed)
         inputs = (*head.statistic_sums.values(), *loss_inputs)
-        dtype_of_parts = shards.part_dtype(hidden.dtype)
-        gradients = HeadGradients(x, w, gemm, (needs_hidden, needs_weight, needs_bias), dtype_of_parts)
+        needs = (needs_hidden, needs_weight, needs_bias)
+        gradients = HeadGradients(x, w, gemm, _gradient_dtypes(hidden, weight, bias, shards, needs))
         step, most = group_tile_rows(x.shape[0], (shards.largest, w.shape[1]), budget_bytes, gemm)
         tiles = list(group_tiles(host_cu_scores, cu_groups, step, most))
         value, whole = sequence_loss.value_and_gradient(head.sums, inputs) if not tiles else (None, None)
@@ -140,8 +141,8 @@ def _linear_preference_loss(
             if tile.split:
                 _add_split_group(tile, host_cu_scores, step, head, memory, gradients, coefficients)
             else:
-                d = head.score(tile.rows, memory)
-                gradients.add(tile.rows, d, head.spread(coefficients(tile), tile))
+                _add_groups(tile, head, memory, gradients, coefficients)
+        del memory  # before dW is rounded
 
         if needs_hidden:
             shards.add_up_(gradients.hidden)
@@ -158,9 +159,29 @@ def _linear_preference_loss(
             head.sums,
             torch.stack(values) if values else head.logps.new_empty((0, x.shape[0])),
             gradients.hidden if needs_hidden else head.logps.new_empty(0),
-            gradients.weight if needs_weight else head.logps.new_empty(0),
-            gradients.bias[:, 0].clone() if needs_bias else head.logps.new_empty(0),
+            gradients.weight() if needs_weight else head.logps.new_empty(0),
+            gradients.bias() if needs_bias else head.logps.new_empty(0),
         )
+
+
+def _gradient_dtypes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shards: VocabularyShards, needs: Sequence[bool]
+) -> list[torch.dtype | None]:
+    """Returns what dX, dW and db are kept in for the backward; None where not needed."""
+    dtypes = (shards.part_dtype(hidden.dtype), weight.dtype, weight.dtype if bias is None else bias.dtype)
+    return [gradient_dtype(dtype) if need else None for dtype, need in zip(dtypes, needs, strict=True)]
+
+
+def _add_groups(
+    tile: GroupTile,
+    head: _Head,
+    memory: TileMemory,
+    gradients: HeadGradients,
+    coefficients: Callable[[GroupTile], Tensor],
+) -> None:
+    """Adds a tile of whole groups."""
+    d = head.score(tile.rows, memory)
+    gradients.add(tile.rows, d, head.spread(coefficients(tile), tile))
 
 
 def _add_split_group(
@@ -199,15 +220,17 @@ def _(
     gemm, shards = Gemm(dtype, hidden.device.type), VocabularyShards.named(group, sizes, weight)
     logps = hidden.new_empty(hidden.shape[0], dtype=gemm.sum_dtype)
     count = sum(name in STATISTICS for name in statistics.split(","))
-    hidden_dtype = gemm.sum_dtype if hidden.dtype == torch.float16 else shards.part_dtype(hidden.dtype)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = _gradient_dtypes(hidden, weight, bias, shards, (needs_hidden, needs_weight, needs_bias))
     return (
         logps.new_empty(()),
         logps,
         logps.new_empty(cu_scores.shape[0] - 1),
         logps.new_empty((count, hidden.shape[0])),
-        hidden.new_empty(hidden.shape, dtype=hidden_dtype) if needs_hidden else logps.new_empty(0),
-        logps.new_empty(weight.shape) if needs_weight else logps.new_empty(0),
-        logps.new_empty(bias.shape) if needs_bias else logps.new_empty(0),
+        *(
+            logps.new_empty(shape, dtype=dtype) if dtype else logps.new_empty(0)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ),
     )
 
 
@@ -218,11 +241,19 @@ def _setup_context(ctx, inputs, output):
     ctx.others = 11 if inputs[-2] is None else 13  # a group that is left out is no input
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.mark_non_differentiable(*others, dhidden, dweight, dbias)
+    ctx.set_materialize_grads(False)  # of dX and dW: zeros of their size
 
 
 def _backward(ctx, dloss, *_):
+    graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # it has no public name
+
+    def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        is_traced = type(gradient) is not Tensor  # a compiler finds the place itself
+        in_place = gradient.dtype == dtype and not (graph_is_kept or is_traced)
+        return torch.mul(gradient, dloss, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
+
     gradients = (
-        torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype)) if needs else None  # in one pass
+        scaled(gradient, dtype) if needs and dloss is not None else None
         for gradient, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
     return *gradients, *(None,) * 4, [None] * ctx.loss_inputs, *(None,) * ctx.others

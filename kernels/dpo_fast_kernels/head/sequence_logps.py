@@ -3,7 +3,8 @@
     ℓ_s = Σ_{n in s} (x_n[t_n] − logΣ_v exp(x_n[v]))        ∂ℓ_s/∂z_n = D_n·slope,   n a row of completion s
 
 z [N, V] what the head made, x = transform(z) in fp32. Beside z nothing of its size is kept, and one tensor of its size
-and dtype is made, the gradient.  N score rows, V vocabulary, S completions.
+and dtype is made, the gradient. Its rows are aligned as those of `tiles.empty_rows` are, whatever V is.
+N score rows, V vocabulary, S completions.
 
 Bytes moved: forward N·V·itemsize; backward 2·N·V·itemsize.
 """
@@ -24,6 +25,7 @@ from dpo_fast_kernels.head.arguments import (
 )
 from dpo_fast_kernels.head.linear_logps import row_logps_of, spread_over_rows
 from dpo_fast_kernels.head.logits import STATISTICS, LogitTransform, RowLogps, check_statistics, empty_statistics
+from dpo_fast_kernels.head.tiles import empty_rows
 
 
 @torch.library.custom_op("dpo_fast::sequence_logps", mutates_args=())
@@ -68,7 +70,7 @@ def _sequence_logps_bwd(
     temperature: float,
     backend: str,
 ) -> Tensor:  # [N, V]
-    gradient = torch.empty_like(logits)
+    gradient = empty_rows(*logits.shape, logits.dtype, logits.device)
     row_operations(backend).row_logps_bwd(
         # The PyTorch version works in the memory of its input, which is the user's here.
         gradient.copy_(logits) if backend == "torch" else logits,
@@ -85,7 +87,7 @@ def _sequence_logps_bwd(
 
 @_sequence_logps_bwd.register_fake
 def _(coefficient, logits, targets, logps, lse, scale, softcap, temperature, backend):
-    return torch.empty_like(logits)
+    return empty_rows(*logits.shape, logits.dtype, logits.device)
 
 
 def _setup_context(ctx, inputs, output):

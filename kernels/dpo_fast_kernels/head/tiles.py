@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dpo_fast_kernels.head.gemm import Gemm
 
+ROW_MULTIPLE = (
+    64  # elements: cuBLAS's fast products want rows that begin at multiples of 16 bytes, full cache lines best
+)
 MIN_ROWS = 2048  # below it the products are slower than the memory they save is worth
 CPU_ROWS = 512  # on a CPU more rows are no faster
 CPU_GROUP_ROWS = 1024  # where a tile holds whole groups: pairs of 512 tokens fit, small groups come together
@@ -57,6 +60,12 @@ def tile_slices(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
+def empty_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns memory for logits or their gradient, [N, V], in rows that begin `ROW_MULTIPLE` elements apart or more."""
+    stride = (vocabulary + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    return torch.empty_strided((rows, vocabulary), (stride, 1), dtype=dtype, device=device)
+
+
 class TileMemory:
     """The memory that logits and their gradient D pass through, one tile at a time."""
 
@@ -71,7 +80,7 @@ class TileMemory:
         if kept is not None and kept.dtype == dtype:
             return kept
         if self._logits is None:
-            self._logits = torch.empty(self._shape, dtype=dtype, device=self._device)
+            self._logits = empty_rows(*self._shape, dtype, self._device)
         return self._logits[:rows]
 
     def gradient(self, logits: Tensor) -> Tensor:
@@ -80,5 +89,5 @@ class TileMemory:
         if logits.dtype == dtype:
             return logits
         if self._factor is None:
-            self._factor = torch.empty(self._shape, dtype=dtype, device=self._device)
+            self._factor = empty_rows(*self._shape, dtype, self._device)
         return self._factor[: logits.shape[0]]
