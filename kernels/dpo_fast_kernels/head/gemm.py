@@ -63,33 +63,46 @@ class Gemm:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Returns a·b, in fp32 on CUDA and in the factors' dtype on a CPU."""
-        return torch.mm(a, b, **self._in_sum_dtype)  # a long sum may be split, and its parts not be rounded
-
-    @property
-    def _in_sum_dtype(self) -> dict[str, torch.dtype]:
-        exact = self.device_type != "cuda" or self.factor_dtype == self.sum_dtype
-        return {} if exact else {"out_dtype": self.sum_dtype}
+        if self.device_type == "cuda" and self.factor_dtype != self.sum_dtype:
+            return torch.mm(a, b, out_dtype=self.sum_dtype)  # a long sum may be split, and its parts not be rounded
+        return torch.mm(a, b)
 
     def accumulate(
         self,
-        acc: Tensor | None,  # [V, H]
+        acc: Tensor,  # [V, H], in fp32; in the factors' dtype where one product is all of the sum
         d: Tensor,  # [N, V]
         x: Tensor,  # [N, H]
-    ) -> Tensor:
-        """Adds dᵀ·x to `acc` in place and returns it; the first of a sum has no `acc`, and finds nothing to read."""
-        if acc is None and (self.factor_dtype == self.sum_dtype or self.device_type == "cuda"):
-            return torch.mm(d.t(), x, **self._in_sum_dtype)
-        if self.factor_dtype == self.sum_dtype:
-            return acc.addmm_(d.t(), x)
-        if self.device_type == "cuda":
-            return torch.addmm(acc, d.t(), x, out_dtype=self.sum_dtype, out=acc)
-        beta = 0 if acc is None else 1
-        acc = x.new_empty((d.shape[1], x.shape[1]), dtype=self.sum_dtype) if acc is None else acc
-        x = x.to(self.sum_dtype)
-        with _bf16_factors():
-            for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
-                acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x, beta=beta)
-        return acc
+        *,
+        first: bool = False,
+    ) -> None:
+        """Adds dᵀ·x to `acc` in place; the first product of a sum is written instead, to memory that is not read."""
+        beta = 0 if first else 1
+        if self.factor_dtype == acc.dtype:
+            acc.addmm_(d.t(), x, beta=beta)
+        elif self.device_type == "cuda" and first:
+            torch.mm(d.t(), x, out_dtype=self.sum_dtype, out=acc)
+        elif self.device_type == "cuda":
+            torch.addmm(acc, d.t(), x, out_dtype=self.sum_dtype, out=acc)
+        else:
+            x = x.to(self.sum_dtype)
+            with _bf16_factors():
+                for columns in _column_blocks(d.shape[1], rows=d.shape[0]):
+                    acc[columns].addmm_(d[:, columns].to(self.sum_dtype).t(), x, beta=beta)
+
+    def added(self, total: Tensor | None, d: Tensor, x: Tensor, *, is_all: bool = False) -> Tensor:
+        """Returns total + dᵀ·x, in the memory of the total; None is 0.
+
+        Args:
+            total: fp32 [V, H].
+            d, x: the factors, [N, V] and [N, H].
+            is_all: whether nothing else is added, so that the product may come in the factors' dtype.
+        """
+        first = total is None
+        if total is None:
+            dtype = self.factor_dtype if is_all else self.sum_dtype
+            total = x.new_empty((d.shape[1], x.shape[1]), dtype=dtype)
+        self.accumulate(total, d, x, first=first)
+        return total
 
     def zeros(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Returns memory to accumulate in."""

@@ -56,16 +56,16 @@ class HeadGradients:
         factor, unit = self._gemm.in_range(g)
         if self._weight_dtype:
             scaled = (self._x[rows] * factor[:, None]).to(self._x.dtype)
-            if d.shape[0] == self._x.shape[0] and self._weight_dtype == self._x.dtype:
-                self._weight = torch.mm(d.t(), scaled)
-            else:
-                self._weight = self._accumulate(self._weight, d, scaled, unit)
+            is_all = d.shape[0] == self._x.shape[0] and self._weight_dtype == self._x.dtype
+            self._weight = self._added(self._weight, d, scaled, unit, is_all)
         if self._bias_dtype:
-            self._bias = self._accumulate(self._bias, d, factor[:, None].to(self._x.dtype), unit)
+            self._bias = self._added(self._bias, d, factor[:, None].to(self._x.dtype), unit)
 
-    def _accumulate(self, total: Tensor | None, d: Tensor, rows: Tensor, unit: Tensor | None) -> Tensor:
+    def _added(
+        self, total: Tensor | None, d: Tensor, rows: Tensor, unit: Tensor | None, is_all: bool = False
+    ) -> Tensor:
         if unit is None:
-            return self._gemm.accumulate(total, d, rows)
+            return self._gemm.added(total, d, rows, is_all=is_all)
         return _add_scaled(total, self._gemm.product(d.t(), rows), unit)
 
     def unscaled(self, rows: int) -> UnscaledGradients:
@@ -78,9 +78,9 @@ class HeadGradients:
         if part.hidden is not None:
             part.hidden[rows.start - start : rows.stop - start] = self._gemm.product(d, self._w)
         if self._weight_dtype:
-            part.weight = self._gemm.accumulate(part.weight, d, self._x[rows])
+            part.weight = self._gemm.added(part.weight, d, self._x[rows])
         if self._bias_dtype:
-            part.bias = self._gemm.accumulate(part.bias, d, self._x.new_ones((d.shape[0], 1)))
+            part.bias = self._gemm.added(part.bias, d, self._x.new_ones((d.shape[0], 1)))
 
     def add_scaled(self, part: UnscaledGradients, rows: slice, g: Tensor) -> None:
         """Adds a completion's part now that its coefficient g, a scalar tensor, is known."""

@@ -175,12 +175,9 @@ def _linear_logps_bwd(
             if needs_weight:
                 scaled = (x[rows] * coefficient[rows, None]).to(x.dtype)
                 whole = gradient.shape[0] == x.shape[0] and unit is None
-                if whole and weight.dtype == x.dtype:  # one product, whose fp32 sums are rounded once, by the product
-                    dweight = torch.mm(gradient.t(), scaled)
-                else:
-                    dweight = gemm.accumulate(dweight, gradient, scaled)
+                dweight = gemm.added(dweight, gradient, scaled, is_all=whole and weight.dtype == x.dtype)
             if needs_bias:
-                dbias = gemm.accumulate(dbias, gradient, coefficient[rows, None].to(x.dtype))
+                dbias = gemm.added(dbias, gradient, coefficient[rows, None].to(x.dtype))
         if needs_hidden:
             dhidden = shards.add_up_(dhidden).to(hidden.dtype)
         if unit is not None:
