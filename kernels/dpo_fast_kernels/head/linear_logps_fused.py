@@ -145,12 +145,15 @@ def _linear_logps_fused_kernel(
                 w = tl.load(columns + offs_h[:, None] * stride_wh, mask=offs_h[:, None] < H, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
-        # One quarter at a time: what is made from all at once would not fit the registers beside the accumulator.
+        # A part at a time: what is made from all at once would not fit the registers beside the accumulator.
+        PARTS: tl.constexpr = 4 if BLOCK_V >= 256 else 2
         left, right = _halves(acc, BLOCK_N, BLOCK_V)
-        for quarter in tl.static_range(4):
-            first, second = _halves(left if quarter < 2 else right, BLOCK_N, BLOCK_V // 2)
-            z = first if quarter % 2 == 0 else second
-            offs_v = block * BLOCK_V + quarter * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
+        for part in tl.static_range(PARTS):
+            z = left if part < PARTS // 2 else right
+            if PARTS == 4:
+                first, second = _halves(z, BLOCK_N, BLOCK_V // 2)
+                z = first if part % 2 == 0 else second
+            offs_v = block * BLOCK_V + part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
             mask_v = offs_v < V
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
