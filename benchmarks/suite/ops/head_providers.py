@@ -233,7 +233,7 @@ def _bare(problem: HeadProblem, mode: str) -> Candidate:
         assert not any(group.split for group in groups), "a pair fills a tile at most"
         tiles = [group.rows for group in groups]
     memory = TileMemory(gemm, max(rows.stop - rows.start for rows in tiles), w.shape[0], problem.device)
-    dweight = gemm.zeros(w.shape, problem.device) if mode == "trainable" else None
+    dweight = w.new_empty(w.shape, dtype=gemm.sum_dtype) if mode == "trainable" else None
     for rows in tiles if mode != "forward" else ():  # GPUs multiply zeros faster: give them a D like any other
         z = gemm.logits(x[rows], w, out=memory.logits(rows.stop - rows.start))
         torch.neg(z.softmax(-1), out=z)
@@ -246,7 +246,7 @@ def _bare(problem: HeadProblem, mode: str) -> Candidate:
                 d = memory.gradient(z)
                 gemm.product(d, w)
                 if mode == "trainable":
-                    gemm.accumulate(dweight, d, x[rows])
+                    gemm.accumulate(dweight, d, x[rows], first=rows.start == 0)
         return problem.ref_logps
 
     return Candidate(forward, problem.hidden, problem.rows)

@@ -10,7 +10,7 @@ without bf16 units it is the fp32 product as it is. fp16 factors are held in fp3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -103,10 +103,6 @@ class Gemm:
             total = x.new_empty((d.shape[1], x.shape[1]), dtype=dtype)
         self.accumulate(total, d, x, first=first)
         return total
-
-    def zeros(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Returns memory to accumulate in."""
-        return torch.zeros(tuple(shape), dtype=self.sum_dtype, device=device)
 
     def in_range(self, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits row coefficients into factor · unit, so that fp16 rows scaled by them neither vanish nor overflow.
