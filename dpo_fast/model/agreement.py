@@ -21,7 +21,7 @@ from dpo_fast.errors import InputError
 from dpo_fast.model.adapters import adapters_off, base_of
 from dpo_fast.model.attention import ATTENTION_NAME, hidden_window, implementations, sharing_obstacle
 from dpo_fast.model.dropout import first_random_module
-from dpo_fast.model.engines import weights_at_hand
+from dpo_fast.model.engines import is_sharded, weights_at_hand
 from dpo_fast.model.forward import add_dpo_forward
 from dpo_fast.model.probes import (
     EXACT,
@@ -113,11 +113,14 @@ def _probes(model: nn.Module, max_length: float, aux_loss: bool, autocast: Conte
     probes = [in_fp32(short, gradients=exact, aux_loss=aux_loss), *(in_fp32(groups) for groups in long)]
     if exact:
         return probes
+    native = Probe(model, short, autocast, bound=NATIVE, gradients=True, aux_loss=aux_loss)
+    if is_sharded(model):  # an engine's weights keep their dtype
+        return [native]
     try:
         probes[0].truth  # noqa: B018 (tried)
     except Exception:  # a model that must not be in fp32
-        probes = []
-    return [*probes, Probe(model, short, autocast, bound=NATIVE, gradients=True, aux_loss=aux_loss)]
+        return [native]
+    return [*probes, native]
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:
@@ -278,11 +281,11 @@ def _unlike(found: Found, truth: Found, bound: Bound) -> str | None:
     off = bound.difference(found.logps, truth.logps)
     if off is not None:
         return f"log-probs of tokens come out up to {off:.2g} nat away from the model's own"
-    most = max((gradient.norm() for gradient in truth.gradients.values()), default=torch.tensor(0.0))
-    for name, gradient in truth.gradients.items():
-        error = (found.gradients[name] - gradient).norm()
-        if not error <= bound.gradient * (gradient.norm() + 0.05 * most):
-            return f"the gradient of {name} comes out {error / gradient.norm():.1%} away from the model's own"
+    sizes = {name: gradient.norm().item() for name, gradient in truth.gradients.items()}
+    for name, size in sizes.items():
+        error = (found.gradients[name] - truth.gradients[name]).norm().item()
+        if not error <= bound.gradient * (size + 0.05 * max(sizes.values())):
+            return f"the gradient of {name} comes out {error:.2g} away from the model's own, which is {size:.2g}"
     ours, own = (0.0 if aux is None else float(aux) for aux in (found.aux_loss, truth.aux_loss))
     if abs(ours - own) > bound.gradient * abs(own):
         return f"the load-balancing loss comes out as {ours:.4g}, and the model's own is {own:.4g}"
