@@ -145,8 +145,9 @@ def _linear_logps_fused_kernel(
                 w = tl.load(columns + offs_h[:, None] * stride_wh, mask=offs_h[:, None] < H, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
-        # A part at a time: what is made from all at once would not fit the registers beside the accumulator.
-        PARTS: tl.constexpr = 4 if BLOCK_V >= 256 else 2
+        # A part at a time: what is made from all at once would not fit the registers beside the accumulator. Rows of
+        # one block have no loop over H, and spill nowhere in halves.
+        PARTS: tl.constexpr = 4 if BLOCK_V >= 256 and H > BLOCK_H else 2
         left, right = _halves(acc, BLOCK_N, BLOCK_V)
         for part in tl.static_range(PARTS):
             z = left if part < PARTS // 2 else right
