@@ -87,8 +87,8 @@ def settle_layout(
         wanted = "padded"
     with on_device(model, args.device):
         layout = policy(wanted)
-    if ref_model is not None and settle(ref_model, wanted if layout == "shared" else "padded") != layout:
-        layout = policy("padded")
+        if ref_model is not None and settle(ref_model, wanted if layout == "shared" else "padded") != layout:
+            layout = policy("padded")
     layouts = [layout]
     broadcast_object_list(layouts)  # a rank without weights, which others will send it, has not compared
     return layouts[0]

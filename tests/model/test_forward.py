@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_layer_kernels as layers
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,6 +12,7 @@ from dpo_fast.batches.packing import pack
 from dpo_fast.model.agreement import use_shared_prefix
 from dpo_fast.model.attention import ATTENTION_NAME, sharing_obstacle
 from dpo_fast.model.forward import add_dpo_forward
+from dpo_fast.model.layer_kernels import use_liger
 from families import FAMILIES, UNSHAREABLE, VOCAB, tiny_model
 from numerics import assert_close_to_truth
 
@@ -252,3 +254,17 @@ def test_a_shared_pack_needs_shared_attention():
     assert torch.allclose(model(packed=pack([group])).logps, alone, atol=1e-4)
     with pytest.raises(ValueError, match="packed is a dict; give what dpo_fast.pack returns"):
         model(packed={"input_ids": torch.ones(1, 2, dtype=torch.int64)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", layers.KINDS)
+def test_on_gpu_liger_errs_as_plain_layers_do(kind):
+    pytest.importorskip("liger_kernel")
+    for family in layers.FAMILIES:
+        layers.check(family, lambda base: use_liger(base, {}), device="cuda", **kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", layers.KINDS)
+def test_on_gpu_layers_compiled_by_inductor_err_as_plain_ones_do(kind):
+    layers.check("llama", layers.compiled("inductor"), device="cuda", one_gradient=True, **kind)

@@ -210,19 +210,3 @@ def test_a_family_without_kernels_is_refused_before_anything_is_done(tmp_path, l
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="layer_kernels='liger' needs a GPU"):
         make_trainer(tmp_path, layer_kernels="liger")
-
-
-# ---- on a GPU ----
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_gpu_liger_errs_as_plain_layers_do(liger, kind):
-    for family in FAMILIES:
-        check(family, lambda base: use_liger(base, {}), device="cuda", **kind)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_gpu_layers_compiled_by_inductor_err_as_plain_ones_do(kind):
-    check("llama", compiled("inductor"), device="cuda", one_gradient=True, **kind)
