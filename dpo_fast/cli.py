@@ -6,11 +6,13 @@ to be wrong before a model is loaded is reported before.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 
+from dpo_fast.commands.flags import CommandParser
+from dpo_fast.commands.streams import Stopped, keep_output_going, stopped_by_signals
+from dpo_fast.config.types import nearest
 from dpo_fast.errors import InputError
 
 COMMANDS = {
@@ -24,9 +26,9 @@ COMMANDS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     """Return a parser that picks the command, whose own parser reads the rest."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast",
         description="Direct Preference Optimization, fast.",
         epilog="dpo-fast COMMAND --help explains a command.",
@@ -39,22 +41,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, or 2 after one line on stderr about a mistake in the input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        parser = _parser()
-        if parser.parse_args(argv).version:
-            from dpo_fast import __version__
+    """Run a command and return its exit status.
 
-            print(f"dpo-fast {__version__}")
-            return 0
-        parser.error(f"choose a command: {', '.join(COMMANDS)}")
+    Returns:
+        0; 1 after a run that failed; 2 after one line on stderr about a mistake in the input; 128 and the number of
+        the signal that ended it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    keep_output_going()
     try:
-        return importlib.import_module(f"dpo_fast.commands.{argv[0]}").main(argv[1:])
+        with stopped_by_signals():
+            return _run(argv)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"dpo-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
+    except Stopped as stopped:
+        _say(str(stopped))
+        return 128 + stopped.number
+    finally:
+        sys.stdout.flush()
+
+
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"dpo_fast.commands.{argv[0]}").main(argv[1:])
+    if argv and not argv[0].startswith("-"):
+        near = nearest(argv[0], COMMANDS, "did you mean {}?") or f"choose from {', '.join(COMMANDS)}"
+        raise InputError(f"command {argv[0]!r} is not known; {near}")
+    parser = _parser()
+    if not parser.parse_args(argv).version:
+        raise InputError(f"no command given; choose from {', '.join(COMMANDS)}")
+    from dpo_fast import __version__
+
+    print(f"dpo-fast {__version__}")
+    return 0
+
+
+def _say(message: str) -> None:
+    """Print one line. Of several ranks each says what it met, as only one may have met it."""
+    ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    who = "dpo-fast" if ranks == "1" else f"dpo-fast, rank {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

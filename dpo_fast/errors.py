@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 # The extra of dpo-fast that installs an optional module.
 EXTRAS = {
@@ -37,3 +40,43 @@ def refusing_input() -> Iterator[None]:
             raise
         cure = f'; install it with: pip install "dpo-fast[{EXTRAS[module]}]"' if module in EXTRAS else ""
         raise InputError(f"{error}{cure}") from error
+
+
+@contextmanager
+def input_of(what: str, cure: str) -> Iterator[None]:
+    """Turn whatever a library raises about something that the user gave into an `InputError`.
+
+    Args:
+        what: names the argument, and its value where one is known.
+        cure: what to do about it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # libraries raise every kind for a wrong value
+        raise InputError(f"{what}: {error}; {cure}") from error
+
+
+def check_writable(argument: str, path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
+    """Refuse a place that nothing can be written to; a file or folder that is not there yet is not made.
+
+    Raises:
+        InputError: naming `argument`, the place, and what is in the way.
+    """
+    cure = "give another place, or make room and write permission there"
+    try:
+        target = Path(path).expanduser().absolute()
+        if target.exists() and target.is_dir() != is_folder:
+            raise InputError(f"{argument}={str(path)!r} is a {'file' if is_folder else 'folder'}; {cure}")
+        place = target if is_folder else target.parent
+        while not place.exists():
+            place = place.parent
+        with suppress(FileNotFoundError):
+            os.stat(target)  # raises for names that no file can have
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0" * 4096)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{argument}={str(path)!r} cannot be written: {error}; {cure}") from error

@@ -61,7 +61,9 @@ from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
+from dpo_fast.training.run_checks import check_best_metric, check_optimizer
 from dpo_fast.training.running_margin import RunningMargin
+from dpo_fast.training.stopping import Stopping
 from dpo_fast.training.stream_batches import StreamBatches
 from dpo_fast.training.trainer_arguments import config_of, refuse_other_arguments, refuse_search, tokenizer_of
 from dpo_fast_kernels import SequenceLoss
@@ -129,6 +131,9 @@ class DPOTrainer(Trainer):
             fingerprint = weights_fingerprint  # random weights are not those of another run with the same files
         given, model = model, load_model(model, args, quantization_config)
         check_layer_kernels(model, args)
+        if optimizers == (None, None) and not args.deepspeed:
+            check_optimizer(args, model)
+        check_best_metric(args, eval_dataset, compute_metrics)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, args, quantization_config, "ref_model")
         processing_class = tokenizer_of(processing_class, given, model, args)
@@ -166,6 +171,8 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         show_progress(self)
+        self.stopping = Stopping()
+        self.add_callback(self.stopping)
         if args.n_gpu > 1:
             raise InputError(
                 f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share out; start with "
@@ -283,7 +290,9 @@ class DPOTrainer(Trainer):
 
     def _equalize(self, batches: list[dict], most: int) -> tuple[Tensor, int, float]:
         """Give all ranks as many packs; return totals, number of groups and balance of ranks."""
-        totals, groups, balance = equalize_pack_counts(batches, most, self._empty, self._host_group)
+        totals, groups, balance, self.stopping.agreed = equalize_pack_counts(
+            batches, most, self._empty, self._host_group, self.stopping.asked
+        )
         return totals.to(self.args.device, non_blocking=True), groups, balance
 
     @functools.cached_property

@@ -5,13 +5,15 @@ flags of `accelerate launch`, which are collected to be passed on.
 """
 
 import argparse
-import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from dpo_fast.commands.flags import CommandParser, refuse_unknown, spellings
+from dpo_fast.config.types import Count, Share, check_types, nearest
+from dpo_fast.errors import InputError, input_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
 
 USAGE = "dpo-fast train --model MODEL --dataset DATASET [options]"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 # Flags of `trl dpo` that ask for something dpo_fast does not do, with the default at which they ask for nothing.
 TRL_ONLY: dict[str, Any] = {
@@ -57,6 +59,9 @@ class DataArguments:
     )
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, with --eval_strategy."})
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclass
 class ModelArguments:
@@ -66,18 +71,17 @@ class ModelArguments:
         default=None, metadata={"aliases": ["--model"], "help": "Name on the Hub or local folder."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    dtype: str | None = field(
-        default="float32",
-        metadata={"aliases": ["--torch_dtype"], "choices": list(DTYPES), "help": "Precision of the loaded weights."},
+    dtype: Dtype | None = field(
+        default="float32", metadata={"aliases": ["--torch_dtype"], "help": "Precision of the loaded weights."}
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention of the padded layout; the shared layout brings its own (dpo-fast doctor)."},
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, before division by its rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapter; see --disable_dropout."})
+    lora_r: Count = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: Count = field(default=32, metadata={"help": "Scale of the adapter, before division by its rank."})
+    lora_dropout: Share = field(default=0.05, metadata={"help": "Dropout of the adapter; see --disable_dropout."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter; 'all-linear' for every linear layer of the body."}
     )
@@ -87,26 +91,27 @@ class ModelArguments:
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type of the adapter."})
+    lora_task_type: Literal["CAUSAL_LM"] = field(
+        default="CAUSAL_LM", metadata={"help": "Task type of the adapter; there is one, for language models."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Divide the adapter's scale by √rank instead of rank."})
     use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction of weights apart (DoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Load frozen weights in 8 bits; needs --use_peft."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load frozen weights in 4 bits; needs --use_peft."})
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"choices": ["fp4", "nf4"], "help": "Number format of 4-bit weights."}
+    bnb_4bit_quant_type: Literal["fp4", "nf4"] = field(
+        default="nf4", metadata={"help": "Number format of 4-bit weights."}
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of 4-bit weights too."})
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "Type that stores 4-bit weights."})
 
     def __post_init__(self) -> None:
+        check_types(self, {"lora_target_modules": list[str] | str | None})
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             self.lora_target_modules = self.lora_target_modules[0]
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"--dtype {self.dtype} is not known; choose from {list(DTYPES)}.")
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("--load_in_8bit and --load_in_4bit exclude each other; leave one out.")
+            raise InputError("--load_in_8bit and --load_in_4bit exclude each other; leave one out.")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
-            raise ValueError(
+            raise InputError(
                 "quantized weights cannot be trained; add --use_peft, or load them without --load_in_*bit."
             )
         if self.use_peft:
@@ -164,12 +169,15 @@ class TrainArguments:
     launch: list[str]
 
 
-def parse_train_arguments(argv: list[str]) -> TrainArguments:
-    """Reads flags and the `--config` file, and checks each value as far as that goes without loading anything.
+def parse_train_arguments(argv: list[str], beside: argparse.ArgumentParser | None = None) -> TrainArguments:
+    """Read flags and the `--config` file, and check each value as far as that goes without loading anything.
+
+    Args:
+        argv: flags.
+        beside: parser of the flags that the command has besides those of `train`, for messages.
 
     Raises:
-        ValueError: a flag, key or value is not allowed; the message says which and what is.
-        FileNotFoundError: the configuration file does not exist.
+        InputError: a flag, key or value is not allowed, or the file cannot be read; the message says what is allowed.
     """
     file_values = _read_config_file(_config_path(argv))
     for name, value in _environment(file_values.pop("env", None)).items():
@@ -180,56 +188,78 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     parser = _train_parser()
     names = _names(parser)
     launch = _launch_flags_of_file({key: value for key, value in file_values.items() if key not in names}, names)
-    parser.set_defaults(**{names[key]: value for key, value in file_values.items() if key in names})
+    parser.set_defaults(**_by_attribute({key: value for key, value in file_values.items() if key in names}, names))
     values, rest = parser.parse_known_args(argv)
-    launch += _launch_flags(rest, parser)
+    launch += _launch_flags(rest, parser, beside)
 
     for name, default in TRL_ONLY.items():
         if (given := getattr(values, name)) != default:
-            raise ValueError(f"{name}={given!r} is not implemented; leave it out, or at its default {default!r}.")
+            raise InputError(f"{name}={given!r} is not implemented; leave it out, or at its default {default!r}.")
     if not values.model_name_or_path:
-        raise ValueError("no model given; add --model with a name on the Hub or a folder.")
+        raise InputError("no model given; add --model with a name on the Hub or a folder.")
     if not values.dataset_name:
-        raise ValueError("no dataset given; add --dataset with a name on the Hub, a file or a folder.")
-    values.model_name_or_path = os.path.expanduser(values.model_name_or_path)
-    values.dataset_name = os.path.expanduser(values.dataset_name)
-    if values.output_dir is None:
-        values.output_dir = f"{Path(values.model_name_or_path).resolve().name}-DPO"
-    data, model, config = (
-        kind(**{option.name: getattr(values, option.name) for option in fields(kind) if option.init})
-        for kind in (DataArguments, ModelArguments, DPOConfig)
+        raise InputError("no dataset given; add --dataset with a name on the Hub, a file or a folder.")
+    data, model = (
+        kind(**{option.name: getattr(values, option.name) for option in fields(kind)})
+        for kind in (DataArguments, ModelArguments)
     )
+    model.model_name_or_path = os.path.expanduser(model.model_name_or_path)
+    data.dataset_name = os.path.expanduser(data.dataset_name)
+    if values.output_dir is None:
+        values.output_dir = f"{Path(model.model_name_or_path).resolve().name}-DPO"
+    config = DPOConfig(**{option.name: getattr(values, option.name) for option in fields(DPOConfig) if option.init})
     config.model_init_kwargs = model.init_kwargs() | (config.model_init_kwargs or {})
     return TrainArguments(data, model, config, launch)
 
 
 def _config_path(argv: list[str]) -> str | None:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = CommandParser(prog="dpo-fast train", add_help=False)
     finder.add_argument("--config")
-    finder.error = _refuse
     return finder.parse_known_args(argv)[0].config
 
 
 def _read_config_file(path: str | None) -> dict[str, Any]:
-    import yaml
-
     if path is None:
         return {}
+    import yaml
+
+    class OnceEachLoader(yaml.SafeLoader):
+        """Refuses a key that stands twice, of which YAML takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            again = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
+            if again is not None:
+                raise yaml.YAMLError(f"{again!r} stands twice, again in line {node.start_mark.line + 1} or below")
+            return super().construct_mapping(node, deep)
+
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--config {path}: no such file.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        raise InputError(f"--config {path}: no such file; give a YAML file of flags and values.")
+    with input_of(f"--config {path} is not valid YAML", "quote what is text"):
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), OnceEachLoader)  # noqa: S506 (a SafeLoader)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"--config {path} must hold a mapping of flags to values, such as 'learning_rate: 1.0e-6'.")
+        raise InputError(f"--config {path} must hold a mapping of flags to values, such as 'learning_rate: 1.0e-6'.")
     return values
 
 
 def _environment(values: Any) -> dict[str, str]:
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"env={values!r} in the configuration file must map names of variables to values.")
+    fits = values is None or (
+        isinstance(values, dict)
+        and all(isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in values)
+        and all(isinstance(value, str | int | float) and "\0" not in str(value) for value in values.values())
+    )
+    if not fits:
+        raise InputError(f"env={values!r} in the configuration file must map names of variables to text or numbers.")
     return {name: str(value) for name, value in (values or {}).items()}
+
+
+def _by_attribute(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Values of a configuration file by the attributes that they set."""
+    found: dict[str, str] = {}
+    for key in values:
+        if (other := found.setdefault(names[key], key)) != key:
+            raise InputError(f"{other!r} and {key!r} in the configuration file are the same option; keep one.")
+    return {names[key]: value for key, value in values.items()}
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -238,23 +268,19 @@ def _train_parser() -> argparse.ArgumentParser:
 
     from dpo_fast.config import DPOConfig
 
-    parser = HfArgumentParser(
-        (DataArguments, ModelArguments, DPOConfig),
+    class TrainParser(CommandParser, HfArgumentParser):
+        pass
+
+    parser = TrainParser(
+        dataclass_types=(DataArguments, ModelArguments, DPOConfig),
         prog="dpo-fast train",
-        allow_abbrev=False,
         usage=USAGE,
         add_help=False,
         description="Direct Preference Optimization of a model. Flags of `accelerate launch` are passed on to it.",
     )
-    parser.error = _refuse
     parser.add_argument("-h", "--help", action="help", help="show the flags that most runs need")
     parser.add_argument("--help_all", "--help-all", action="help", dest="help", help="show every flag")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags and values; flags given here win.")
-    for name, default in TRL_ONLY.items():
-        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-        parser.add_argument(
-            *flags, dest=name, default=default, type=_literal, nargs="?", const=True, help=argparse.SUPPRESS
-        )
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True  # a bare --bf16 means True, although its default is not False
@@ -262,8 +288,14 @@ def _train_parser() -> argparse.ArgumentParser:
             action.nargs, action.const = "?", "true"
         if action.dest == "columns":
             action.nargs, action.metavar = "+", "OURS=THEIRS"
-        if action.dest == "max_length":
-            action.type = _length
+        if action.choices is not None and action.metavar is None:
+            action.metavar = f"{{{','.join(map(str, action.choices))}}}"  # as argparse shows them
+        action.type = action.choices = None  # the dataclasses check what flags and files give
+    for name, default in TRL_ONLY.items():
+        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(
+            *flags, dest=name, default=default, type=_literal, nargs="?", const=True, help=argparse.SUPPRESS
+        )
     for option in fields(TrainingArguments):
         # Flags that turn off what transformers, or TRL, has on by default keep working where it is not so here.
         is_on = option.default is True or option.name == "gradient_checkpointing"
@@ -277,10 +309,6 @@ def _train_parser() -> argparse.ArgumentParser:
                 help=argparse.SUPPRESS,
             )
     return parser
-
-
-def _length(text: str) -> int | None:
-    return None if text.lower() in ("none", "null") else int(text)
 
 
 def _literal(text: str) -> Any:
@@ -313,7 +341,9 @@ def _launch_flags_of_file(unknown: dict[str, Any], names: dict[str, str]) -> lis
     for key, value in unknown.items():
         action = options.get(f"--{key}")
         if action is None and key != "accelerate_config":
-            raise ValueError(f"unknown key {key!r} in the configuration file; {_close(key, names)}")
+            near = nearest(key, names, "did you mean {}?").replace("'", "")
+            cure = near or "dpo-fast train --help_all lists what there is"
+            raise InputError(f"unknown key {key!r} in the configuration file; {cure}")
         if action is not None and action.nargs == 0:
             flags += [f"--{key}"] if value else []
         else:
@@ -321,39 +351,35 @@ def _launch_flags_of_file(unknown: dict[str, Any], names: dict[str, str]) -> lis
     return flags
 
 
-def _launch_flags(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
+def _launch_flags(
+    rest: list[str], parser: argparse.ArgumentParser, beside: argparse.ArgumentParser | None
+) -> list[str]:
     """Arguments that are left when ours are taken: flags of `accelerate launch`; refuses anything else."""
     if not rest:
         return []
-    if not rest[0].startswith("-"):
-        raise ValueError(f"unexpected argument {rest[0]!r}; values follow a flag, as in --model {rest[0]}.")
-    options = _launch_parser()._option_string_actions
-    for flag in (argument.split("=")[0] for argument in rest if argument.startswith("-")):
-        if flag not in options and flag != "--accelerate_config":
-            raise ValueError(f"unknown flag {flag}; {_close(flag, _spellings(parser))}")
+    launch_parser = _launch_parser()
+    known = {*launch_parser._option_string_actions, "--accelerate_config"}
+    for position, word in enumerate(rest):
+        if word.startswith("-") and word.split("=")[0] not in known or not position and not word.startswith("-"):
+            own = beside or parser
+            refuse_unknown(word, {**dict.fromkeys(spellings(own)), **dict.fromkeys(spellings(parser))}, own.prog)
+    where = rest.index("--accelerate_config") if "--accelerate_config" in rest else len(rest)
+    launch_parser.parse_args([*rest[:where], *rest[where + 2 :], "dpo-fast"])  # refuses values
     return rest
 
 
 def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
-    return launch_command_parser()
-
-
-def _spellings(parser: argparse.ArgumentParser) -> list[str]:
-    """One spelling of each flag: transformers also adds every flag with hyphens."""
-    return [flag for flag in parser._option_string_actions if "-" not in flag.removeprefix("--")]
-
-
-def _close(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else "dpo-fast train --help_all lists what there is."
+    parser = launch_command_parser()
+    parser.error = _refuse
+    return parser
 
 
 def _require(module: str, cure: str) -> None:
     if find_spec(module) is None:
-        raise ModuleNotFoundError(f"{module} is not installed; install it with: {cure}")
+        raise InputError(f"{module} is not installed; install it with: {cure}")
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise InputError(f"{message}; accelerate launch --help explains its flags")

@@ -11,20 +11,20 @@ import argparse
 import time
 from pathlib import Path
 
+from dpo_fast.commands.flags import CommandParser, refuse_unknown, spellings
 from dpo_fast.commands.launch import launch_if_needed
 from dpo_fast.commands.train import make_trainer, print_summaries, read_arguments, scratch_output
-from dpo_fast.errors import refusing_input
+from dpo_fast.errors import InputError, check_writable, refusing_input
 from dpo_fast.machine import cache_dir
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags that `cache` has besides those of `train`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast cache",
         usage="dpo-fast cache --model MODEL --dataset DATASET [options of dpo-fast train]\n"
         "       dpo-fast cache {--info | --verify | --prune DAYS | --export FILE} [--reference_cache_dir DIR]",
         description="Compute reference log-probs ahead of training, or look after those that are kept.",
-        allow_abbrev=False,
     )
     parser.add_argument("--num_shards", type=int, default=1, help="jobs that share the prompts out (default: 1)")
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> int:
         values = {name: getattr(options, name) for name in ("info", "verify", "prune", "export")}
         chosen = [name for name, value in values.items() if value is not None and value is not False]
         if len(chosen) > 1:
-            raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
+            raise InputError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
         if not chosen:
             return _fill(argv, options, rest)
         if rest:
-            raise ValueError(f"unexpected argument {rest[0]!r} beside --{chosen[0]}.")
+            refuse_unknown(rest[0], spellings(parser()), f"dpo-fast cache --{chosen[0]}")
         root = options.reference_cache_dir or str(cache_dir() / "reference")
         return {"info": _info, "verify": _verify, "prune": _prune, "export": _export}[chosen[0]](root, options)
 
@@ -56,11 +56,11 @@ def main(argv: list[str]) -> int:
 def _fill(argv: list[str], options: argparse.Namespace, train_flags: list[str]) -> int:
     """Compute what the store lacks, or this job's share of it."""
     if not 0 <= options.shard < options.num_shards:
-        raise ValueError(
+        raise InputError(
             f"--shard {options.shard} must lie in [0, {options.num_shards}), below --num_shards; count from 0."
         )
     where = ["--reference_cache_dir", options.reference_cache_dir] if options.reference_cache_dir else []
-    arguments = read_arguments([*train_flags, *where, *scratch_output()])
+    arguments = read_arguments([*train_flags, *where, *scratch_output()], parser())
     launch_if_needed(arguments, ("cache", *argv))
     trainer = make_trainer(arguments, _caching_trainer(options.shard, options.num_shards))
     print_summaries(trainer)
@@ -90,7 +90,7 @@ def _folders(root: str, options: argparse.Namespace) -> list[str]:
 
     folders = {Path(store.folder).name: store.folder for store in info(root)}
     if options.store is not None and options.store not in folders:
-        raise ValueError(f"--store {options.store}: {root} has no such store, only {sorted(folders)}.")
+        raise InputError(f"--store {options.store}: {root} has no such store, only {sorted(folders)}.")
     return [folders[options.store]] if options.store else list(folders.values())
 
 
@@ -126,7 +126,8 @@ def _export(root: str, options: argparse.Namespace) -> int:
     folders = _folders(root, options)
     if len(folders) != 1:
         names = sorted(Path(folder).name for folder in folders)
-        raise ValueError(f"--export writes one store, and {root} has {len(folders)}; choose with --store from {names}.")
+        raise InputError(f"--export writes one store, and {root} has {len(folders)}; choose with --store from {names}.")
+    check_writable("--export", options.export)
     export(folders[0], options.export)
     print(f"wrote {options.export}")
     return 0
@@ -145,7 +146,7 @@ def _caching_trainer(shard: int, shards: int) -> type:
     class ComputingDatasets(PreferenceDatasets):
         def with_reference(self, dataset, name):
             if self.reference is None:
-                raise ValueError("loss_type: the loss looks at no reference log-prob; there is nothing to compute.")
+                raise InputError("loss_type: the loss looks at no reference log-prob; there is nothing to compute.")
             self.reference.compute(dataset, name)
             return dataset
 

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dpo_fast.commands.flags import CommandParser
 from dpo_fast.errors import refusing_input
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ OPTIONAL = {
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast doctor",
         description="Say what is installed, which backends will be used and why, and what is missing.",
     )
@@ -44,9 +45,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    options = parser().parse_args(argv)
     with refusing_input():
-        return report(options.model)
+        return report(parser().parse_args(argv).model)
 
 
 def report(model: str | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpo_fast.commands.arguments import TrainArguments
+from dpo_fast.errors import InputError
 
 # Set by accelerate, torchrun and ourselves in processes that a launcher has started.
 LAUNCHED_MARKS = ("DPO_FAST_LAUNCHED", "ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "RANK")
@@ -50,12 +51,12 @@ def _launch(arguments: TrainArguments, command: Sequence[str]) -> NoReturn:
 def _accelerate_config(value: list[str]) -> Path:
     """Return a file, given itself or by the name of one that TRL ships (zero2, zero3, fsdp2, …)."""
     if not value:
-        raise ValueError("--accelerate_config needs a value: a file written by `accelerate config`.")
+        raise InputError("--accelerate_config needs a value: a file written by `accelerate config`.")
     if Path(value[0]).is_file():
         return Path(value[0])
     trl = find_spec("trl")
     folder = Path(trl.origin).parent / "accelerate_configs" if trl and trl.origin else Path()
     if trl is None or not (folder / f"{value[0]}.yaml").is_file():
         known = sorted(path.stem for path in folder.glob("*.yaml")) if trl else []
-        raise FileNotFoundError(f"--accelerate_config {value[0]}: no such file, and none of TRL's own {known}.")
+        raise InputError(f"--accelerate_config {value[0]}: no such file, and none of TRL's own {known}.")
     return folder / f"{value[0]}.yaml"

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dpo_fast.commands.flags import CommandParser
 from dpo_fast.errors import InputError
 
 PATCH_VARIABLE = "DPO_FAST_PATCH_TRL"
@@ -27,7 +28,7 @@ def patching_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog="dpo-fast run",
         usage="dpo-fast run -- PROGRAM [ARGUMENT …]",
         description="Run a program with TRL's DPO trainer accelerated, in all Python processes that it starts. No file "

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.commands.arguments import TrainArguments
+from dpo_fast.commands.flags import CommandParser
 from dpo_fast.commands.launch import launch_if_needed
 from dpo_fast.commands.train import choose_split, load_splits, read_arguments
-from dpo_fast.errors import refusing_input
+from dpo_fast.errors import InputError, check_writable, refusing_input
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags that `score` has besides those of `train`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast score",
         usage="dpo-fast score --model MODEL [--ref_model MODEL] --dataset DATASET [options of dpo-fast train]",
         description="Score preferences with the reward that DPO training implies, beta times log-prob over reference.",
-        allow_abbrev=False,
     )
     parser.add_argument("--ref_model", help="what the model was trained from; unset, the model without its adapter")
     parser.add_argument("--split", default="train", help="split to score (default: %(default)s)")
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     with refusing_input():
         options, flags = parser().parse_known_args(argv)
-        arguments = read_arguments(flags)
+        arguments = read_arguments(flags, parser())
         _check(options)
         launch_if_needed(arguments, ("score", *argv))
         return _score(options, arguments, choose_split(load_splits(arguments), options.split, "--split"))
@@ -41,7 +41,9 @@ def _check(options: argparse.Namespace) -> None:
     from dpo_fast.model.loading import check_model_path
 
     if options.output is not None and Path(options.output).suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output {options.output}: give a name that ends in .jsonl or .parquet.")
+        raise InputError(f"--output {options.output}: give a name that ends in .jsonl or .parquet.")
+    if options.output is not None:
+        check_writable("--output", options.output)
     if options.ref_model is not None:
         check_model_path(options.ref_model, name="ref_model")
 
@@ -87,4 +89,5 @@ def _write(rows: Any, path: Path) -> None:
         file.write(text)
         return path.name
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     Folder(path.parent).write(fill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
 from dpo_fast.commands.launch import launch_if_needed
+from dpo_fast.commands.streams import Stopped, handling_signals
 from dpo_fast.commands.train_help import short_parser
-from dpo_fast.errors import refusing_input
+from dpo_fast.errors import InputError, refusing_input
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
         trainer = make_trainer(arguments, DPOTrainer)
     args = trainer.args
     print_summaries(trainer)
-    with without_progress_bars():
+    with without_progress_bars(), stopping_at_signals(trainer):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
@@ -45,13 +47,41 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_arguments(argv: Sequence[str]) -> TrainArguments:
-    """Parse flags of `train`, and look for the files that they name on this machine.
+@contextmanager
+def stopping_at_signals(trainer: DPOTrainer) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end training after the step under way, with a checkpoint; a second one ends it at once.
 
     Raises:
-        ValueError: naming the argument and its value.
+        Stopped: training was ended so.
     """
-    arguments = parse_train_arguments(list(argv))
+    number = None
+
+    def stop(received: int, frame: object) -> None:
+        nonlocal number
+        if number is not None:
+            raise Stopped(received)
+        number, trainer.stopping.asked = received, True
+
+    with handling_signals(stop):
+        yield
+    if number is not None:
+        state, config = trainer.state, trainer.args
+        kept = Path(config.output_dir, f"checkpoint-{state.global_step}")
+        where = f"resume with --resume_from_checkpoint {kept}" if kept.is_dir() else "no checkpoint was asked for"
+        raise Stopped(number, f"{state.global_step} of {state.max_steps} steps are done; {where}")
+
+
+def read_arguments(argv: Sequence[str], beside: argparse.ArgumentParser | None = None) -> TrainArguments:
+    """Parse flags of `train`, and look for the files that they name on this machine.
+
+    Args:
+        argv: flags.
+        beside: parser of the flags that another command has besides these.
+
+    Raises:
+        InputError: naming the argument and its value.
+    """
+    arguments = parse_train_arguments(list(argv), beside)
     from dpo_fast.data.loading import looks_local
     from dpo_fast.model.loading import check_model_path
     from dpo_fast.training.checkpoints import find_checkpoint
@@ -59,7 +89,7 @@ def read_arguments(argv: Sequence[str]) -> TrainArguments:
     check_model_path(arguments.model.model_name_or_path, arguments.config.model_init_kwargs)
     dataset = arguments.data.dataset_name
     if looks_local(dataset) and not Path(dataset).exists():
-        raise ValueError(f"--dataset {dataset}: no such file or folder; one on the Hub is named owner/name.")
+        raise InputError(f"--dataset {dataset}: no such file or folder; one on the Hub is named owner/name.")
     arguments.config.resume_from_checkpoint = _checkpoint(arguments.config)
     find_checkpoint(arguments.config.resume_from_checkpoint, arguments.config.output_dir)
     return arguments
@@ -108,7 +138,7 @@ def choose_split(dataset: Any, name: str, flag: str) -> Dataset | IterableDatase
     splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     if name not in splits:
         cure = "choose another, or leave --eval_strategy out" if flag == "--dataset_test_split" else "choose another"
-        raise ValueError(f"{flag} {name}: the dataset has only {sorted(splits)}; {cure}.")
+        raise InputError(f"{flag} {name}: the dataset has only {sorted(splits)}; {cure}.")
     return splits[name]
 
 

@@ -88,7 +88,7 @@ def own_options() -> dict[str, Option]:
     for field in (*fields(DataArguments), *fields(ModelArguments)):
         flag = min([f"--{field.name}", *field.metadata.get("aliases", ())], key=len)
         options[field.name] = Option(flag.removeprefix("--"), field.default, field.metadata["help"], field.type is bool)
-    return options | _options_of_source(Path(find_spec("dpo_fast.config").origin), "DPOConfig")
+    return options | _options_of_source(Path(find_spec("dpo_fast.config.dpo_config").origin), "DPOConfig")
 
 
 def _options_of_source(path: Path, name: str) -> dict[str, Option]:

@@ -230,7 +230,7 @@ def named_loss(loss: str | Loss) -> str:
         if name in _BUILT_IN and LOSSES[name] is not loss:
             raise ValueError(f"loss_type: {name} is the name of a loss of dpo_fast; rename the function.")
         LOSSES[name] = loss
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss_type={loss!r} is not known; choose from {sorted(LOSSES)}, or give a named function.")
     return name
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dpo_fast.config import DPOConfig, tensor_parallel_refusal
+from dpo_fast.config import DPOConfig
+from dpo_fast.config.rules import tensor_parallel_refusal
 from dpo_fast.data.loading import looks_local
 from dpo_fast.model.adapters import quiet_peft
 from dpo_fast.model.checkpoint_weights import load_whole_adapter, load_whole_model

@@ -79,8 +79,8 @@ def _collate_on_rank(collate: Callable, rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def equalize_pack_counts(
-    batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup | None
-) -> tuple[Tensor, int, float]:
+    batches: list[dict[str, Any]], most: int, empty: PackedBatch, ranks: dist.ProcessGroup | None, flag: bool = False
+) -> tuple[Tensor, int, float, bool]:
     """Gives every rank as many batches, and as many packs in each, as the rank with most has; the others' are empty.
 
     Args:
@@ -88,27 +88,28 @@ def equalize_pack_counts(
         most: how many batches a rank can have at most.
         empty: the pack to fill up with.
         ranks: a group that works on the host, so that nothing waits for the device; None for one process.
+        flag: what ranks tell each other besides.
 
     Returns:
-        The sum of all batches' `totals`, fp32 [2], how many groups they have, and the balance of ranks: the mean number
-        of tokens of a rank over the largest.
+        The sum of all batches' `totals`, fp32 [2], how many groups they have, the balance of ranks (the mean number of
+        tokens of a rank over the largest), and whether any rank has the flag.
     """
     if ranks is None:
-        return sum(batch["totals"] for batch in batches), num_groups(batches), 1.0
+        return sum(batch["totals"] for batch in batches), num_groups(batches), 1.0, flag
     totals = [sum(values) for values in zip([0.0, 0.0], *(batch["host_totals"] for batch in batches), strict=True)]
     counts = [len(batch["packs"]) for batch in batches] + [0] * (most - len(batches))
     tokens = sum(packed.num_tokens for batch in batches for packed in batch["packs"])
-    own = torch.tensor([*totals, num_groups(batches), tokens, *counts], dtype=torch.float64)
+    own = torch.tensor([*totals, num_groups(batches), tokens, flag, *counts], dtype=torch.float64)
     everyone = [torch.empty_like(own) for _ in range(ranks.size())]
     dist.all_gather(everyone, own, group=ranks)
     everyone = torch.stack(everyone)
-    for index, count in enumerate(everyone[:, 4:].amax(dim=0).int().tolist()):
+    for index, count in enumerate(everyone[:, 5:].amax(dim=0).int().tolist()):
         if count and index == len(batches):
             batches.append({"packs": []})
         if count:
             batches[index]["packs"] += [empty] * (count - len(batches[index]["packs"]))
     sums = everyone[:, :3].sum(dim=0)
-    return sums[:2].float(), int(sums[2]), mean_to_max(everyone[:, 3].tolist())
+    return sums[:2].float(), int(sums[2]), mean_to_max(everyone[:, 3].tolist()), bool(everyone[:, 4].any())
 
 
 def num_groups(batches: Sequence[Mapping[str, Any]]) -> int:

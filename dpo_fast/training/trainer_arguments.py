@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.config.rules import NARROWER_TYPES, check_loss
+from dpo_fast.config.types import check_types
 from dpo_fast.errors import InputError
 
 # Arguments of earlier trainers, and where they went.
@@ -37,6 +39,8 @@ def config_of(
     if compute_metrics is not None and getattr(args, "prediction_loss_only", False):
         raise InputError("prediction_loss_only=True leaves compute_metrics no predictions; leave one of the two out")
     if isinstance(args, DPOConfig):
+        check_types(args, NARROWER_TYPES)  # an attribute may have been set since
+        check_loss(args)
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path or "model"

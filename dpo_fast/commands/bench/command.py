@@ -36,10 +36,11 @@ from dpo_fast.commands.bench.turns import (
     one_after_another,
 )
 from dpo_fast.commands.bench.worker import Failure, Report, TrainJob
+from dpo_fast.commands.flags import CommandParser
 from dpo_fast.commands.train import choose_split, load_splits, read_arguments, scratch_output
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
-from dpo_fast.errors import refusing_input
+from dpo_fast.errors import InputError, check_writable, refusing_input
 from dpo_fast.training.datasets import prepare_preferences
 
 TRIAL_STEPS = 3
@@ -65,12 +66,11 @@ _MEASURED_FLAGS = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags that `bench` has beside those of `train`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast bench",
         usage="dpo-fast bench --model MODEL --dataset DATASET [options of dpo-fast train]",
         description="Measure on your own model and data what training costs here and elsewhere, and with which "
         "settings it is fastest. Nothing is saved but what --out names.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--max_steps", "--max-steps", type=int, default=20, help="steps to measure (default: %(default)s)"
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     with refusing_input():
         options, flags = parser().parse_known_args(argv)
-        arguments = read_arguments([*flags, *scratch_output()])
+        arguments = read_arguments([*flags, *scratch_output()], parser())
         _check(options, arguments)
         split = choose_split(load_splits(arguments), arguments.data.dataset_train_split, "--dataset_train_split")
         return _bench(options, flags, arguments, split)
@@ -91,13 +91,15 @@ def main(argv: list[str]) -> int:
 def _check(options: argparse.Namespace, arguments: TrainArguments) -> None:
     """Refuse what can be seen to be wrong before a model is loaded."""
     if options.max_steps < 1:
-        raise ValueError(f"--max_steps {options.max_steps} must be at least 1; 20 is the default.")
+        raise InputError(f"--max_steps {options.max_steps} must be at least 1; 20 is the default.")
     if options.out is not None and (Path(options.out).suffix != ".json" or not Path(options.out).parent.is_dir()):
-        raise ValueError(f"--out {options.out}: give a name that ends in .json, in a folder that exists.")
+        raise InputError(f"--out {options.out}: give a name that ends in .json, in a folder that exists.")
+    if options.out is not None:
+        check_writable("--out", options.out)
     if arguments.launch:
-        raise ValueError(f"{arguments.launch[0]} is for several processes, and bench measures one; leave it out.")
+        raise InputError(f"{arguments.launch[0]} is for several processes, and bench measures one; leave it out.")
     if arguments.data.dataset_streaming:
-        raise ValueError("--dataset_streaming: bench counts the whole dataset; leave it out.")
+        raise InputError("--dataset_streaming: bench counts the whole dataset; leave it out.")
 
 
 def _bench(options: argparse.Namespace, flags: Sequence[str], arguments: TrainArguments, dataset: Dataset) -> int:
@@ -221,7 +223,7 @@ def _compare(sides: Mapping[str, TrainJob]) -> Comparison:
         return compare(sides, required=[OURS])
     except TrainerError as error:
         if error.failure.refused:
-            raise ValueError(error.failure.message) from None
+            raise InputError(error.failure.message) from None
         raise
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from dpo_fast.errors import refusing_input
+from dpo_fast.commands.flags import CommandParser
+from dpo_fast.errors import check_writable, refusing_input
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dpo-fast demo",
         description="Train a small model on the preferences in this package, and show what changed.",
     )
@@ -21,8 +22,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    options = parser().parse_args(argv)
     with refusing_input():
+        options = parser().parse_args(argv)
+        check_writable("--output_dir", options.output_dir, is_folder=True)
         from dpo_fast.commands.demo import command
 
         return command.run(options)

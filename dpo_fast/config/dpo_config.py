@@ -5,17 +5,25 @@ that differ from `TrainingArguments` are `learning_rate`, `logging_steps`, `grad
 help) and `logging_nan_inf_filter`.
 """
 
-import importlib.util
-import math
-import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
 from transformers import TrainingArguments
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.losses import LOSSES, SMOOTHED, FDivergence, LossParameters, named_loss, uses
+from dpo_fast.config.rules import (
+    NARROWER_TYPES,
+    check_evaluation,
+    check_loss,
+    check_parallelism,
+    check_surroundings,
+    settle_layer_kernels,
+)
+from dpo_fast.config.types import Count, NotNegative, check_types
+from dpo_fast.errors import InputError, input_of
+from dpo_fast.losses import SMOOTHED, FDivergence, LossParameters, uses
 
 TruncationMode = Literal["keep_start", "keep_end"]
 LayoutChoice = Literal["auto", "shared", "padded"]
@@ -39,8 +47,8 @@ class DPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Other defaults than TrainingArguments.
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
-    logging_steps: float = field(
+    learning_rate: NotNegative = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
+    logging_steps: NotNegative = field(
         default=10,
         metadata={"help": "Steps between two log lines; below 1, a fraction of all steps."},
     )
@@ -90,7 +98,7 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Allow models and tokenizers that bring their own Python code from the Hub."},
     )
-    router_aux_loss_coef: float | None = field(
+    router_aux_loss_coef: NotNegative | None = field(
         default=None,
         metadata={
             "help": "Weight of the load-balancing loss of a mixture-of-experts model. Unset, the model's configuration "
@@ -103,11 +111,11 @@ class DPOConfig(TrainingArguments):
     )
 
     # Data.
-    dataset_num_proc: int | None = field(
+    dataset_num_proc: Count | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the dataset."},
     )
-    max_length: int | None = field(
+    max_length: Annotated[int, Ge(2)] | None = field(
         default=1024,
         metadata={
             "help": "Most tokens of prompt and completion together; longer ones are cut. None cuts nothing. At most as "
@@ -159,7 +167,7 @@ class DPOConfig(TrainingArguments):
             "the reference store."
         },
     )
-    precompute_ref_batch_size: int | None = field(
+    precompute_ref_batch_size: Count | None = field(
         default=None,
         metadata={
             "help": "Accepted and without effect: the reference pass packs groups up to max_tokens_per_micro_batch, "
@@ -212,7 +220,7 @@ class DPOConfig(TrainingArguments):
             "loss."
         },
     )
-    ld_alpha: float | None = field(
+    ld_alpha: Annotated[float, Ge(0), Le(1)] | None = field(
         default=None,
         metadata={
             "help": "Weight α in [0, 1] of the tokens by which a completion is longer than the one it is compared with "
@@ -226,7 +234,7 @@ class DPOConfig(TrainingArguments):
             "whole optimizer step, over micro-batches and ranks, or those of a 'micro_batch', as TRL does."
         },
     )
-    rpo_alpha: float | None = field(
+    rpo_alpha: NotNegative | None = field(
         default=None,
         metadata={"help": "Adds the loss nll, the winners' mean negative log-likelihood, with this weight (RPO)."},
     )
@@ -251,7 +259,7 @@ class DPOConfig(TrainingArguments):
             "the usual rows and works for every architecture, 'auto' takes 'shared' where the model allows it."
         },
     )
-    max_tokens_per_micro_batch: int | None = field(
+    max_tokens_per_micro_batch: Count | None = field(
         default=None,
         metadata={
             "help": "Bound on the packed tokens of one forward and backward pass. A step's groups are split under it; "
@@ -273,13 +281,11 @@ class DPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str) or callable(self.loss_type):
-            self.loss_type = [self.loss_type]
-        self._check_choices()
-        self._check_metrics()
-        self._check_loss()
-        self._check_lengths()
+        self.loss_type = [*self.loss_type] if isinstance(self.loss_type, list | tuple) else [self.loss_type]
         self.columns = _column_names(self.columns)
+        check_types(self, NARROWER_TYPES)
+        check_loss(self)
+        check_evaluation(self)
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
         self.remove_unused_columns = False
         if self.bf16 is None:
@@ -291,20 +297,17 @@ class DPOConfig(TrainingArguments):
         # transformers renamed the field and warns about the old name; 5.17 knows only the old one.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
-        self._settle_layer_kernels()
-        super().__post_init__()
+        settle_layer_kernels(self)
+        with input_of("options of training", "dpo-fast train --help_all explains each"):
+            super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # else a copy holds the host up anyway
-        self._check_parallelism()
+        check_parallelism(self)
+        check_surroundings(self)
         coupled = any(uses(name, "step") for name in self.loss_mix)  # several packs cost another forward pass then
         if self.max_tokens_per_micro_batch is None and self.device.type == "cpu" and not coupled:
             self.max_tokens_per_micro_batch = _CPU_TOKENS
-        if isinstance(self.model_init_kwargs, str):
-            raise ValueError(
-                f"model_init_kwargs={self.model_init_kwargs!r} is not a mapping; on the command line give a JSON "
-                """object, for example --model_init_kwargs '{"revision": "main"}'."""
-            )
 
     @property
     def splits_completions(self) -> bool:
@@ -325,158 +328,13 @@ class DPOConfig(TrainingArguments):
             mix[name] = mix.get(name, 0.0) + weight
         return {name: weight for name, weight in mix.items() if weight or name != "nll"}
 
-    def _check_parallelism(self) -> None:
-        """Refuses what gives several ranks the same rows, or parts of each: the trainer gives each row to one rank."""
-        for name, size in self._parallel_sizes().items():
-            if size > 1 and name.endswith(("tp_size", "autotp_size")):
-                raise ValueError(tensor_parallel_refusal(f"{name}={size}"))
-            if size > 1:
-                raise ValueError(
-                    f"{name}={size} would cut sequences across GPUs, and completions share the keys of a prompt across "
-                    "the cut; leave it at 1. For long sequences bound max_tokens_per_micro_batch, turn "
-                    "gradient_checkpointing on and shard the model with FSDP2 or ZeRO-3, offloaded if need be."
-                )
-        for name in ("dispatch_batches", "split_batches"):
-            if self.world_size > 1 and getattr(self.accelerator_config, name):
-                raise ValueError(
-                    f"accelerator_config.{name}=True would cut batches by rows, and ranks get groups by their "
-                    "cost; leave it out. per_device_train_batch_size times the number of ranks is the whole batch."
-                )
-
-    def _parallel_sizes(self) -> dict[str, int]:
-        """Ranks that a model or a sequence is shared out among, by the setting that says so."""
-        names = ("cp_size", "sp_size", "tp_size")
-        given, sizes = getattr(self, "parallelism_config", None), {}
-        if given is not None:
-            sizes = {f"parallelism_config.{name}": getattr(given, name, 1) for name in names}
-        elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":  # of `accelerate launch`
-            values = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in names}
-            sizes = {f"parallelism_config.{name}": int(value) for name, value in values.items()}
-        if (plugin := getattr(self, "deepspeed_plugin", None)) is not None:
-            options = plugin.deepspeed_config
-            sizes["deepspeed.sequence_parallel_size"] = options.get("sequence_parallel_size", 1)
-            sizes["deepspeed.tensor_parallel.autotp_size"] = options.get("tensor_parallel", {}).get("autotp_size", 1)
-        return sizes
-
-    def _check_choices(self) -> None:
-        choices = {
-            "truncation_mode": TruncationMode,
-            "comparisons": ComparisonChoice,
-            "layout": LayoutChoice,
-            "couple": CoupleChoice,
-            "layer_kernels": LayerKernelsChoice,
-        }
-        for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {list(get_args(choice))}.")
-        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} saves padding, which packs have none of; "
-                "groups are assigned to ranks by their cost already; take 'random' or 'sequential'."
-            )
-
-    def _settle_layer_kernels(self) -> None:
-        """Let `layer_kernels` and transformers' own options say the same; refuse those of Liger that cannot be had."""
-        compiles = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
-        for kernels, option, asked in (
-            ("liger", "use_liger_kernel", self.use_liger_kernel),
-            ("compile", "torch_compile", compiles),
-        ):
-            if asked and self.layer_kernels not in ("auto", kernels):
-                raise ValueError(
-                    f"{option}=True asks for layer_kernels={kernels!r}, which is {self.layer_kernels!r}; keep one of "
-                    "the two."
-                )
-            self.layer_kernels = kernels if asked else self.layer_kernels
-        self.torch_compile = self.layer_kernels == "compile"
-        self.use_liger_kernel = False  # with which transformers would apply Liger's kernels again, and its head
-        if self.layer_kernels != "liger":
-            return
-        if importlib.util.find_spec("liger_kernel") is None:
-            raise ValueError(
-                "layer_kernels='liger' needs liger-kernel, which is not installed: pip install liger-kernel, or take "
-                "'none' or 'compile'."
-            )
-        heads = {name for name, on in (self.liger_kernel_config or {}).items() if on and name.endswith("cross_entropy")}
-        if heads:
-            raise ValueError(
-                f"liger_kernel_config turns {sorted(heads)} on, which would put Liger's forward in the packed one's "
-                "place; leave it out: head and loss are fused."
-            )
-
-    def _check_metrics(self) -> None:
-        """Refuses options of transformers' evaluation that mean nothing to packs of completions."""
-        if set(self.include_for_metrics) - {"loss"}:
-            raise ValueError(
-                f"include_for_metrics={self.include_for_metrics!r}: beside rewards and weights compute_metrics can "
-                "have 'loss' alone, as inputs are packs; leave the others out."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor!r} smooths targets of tokens, which no loss here "
-                "looks at; leave it at 0. label_smoothing is the probability that a preference is flipped."
-            )
-        if self.label_names not in (None, [], ["labels"]):
-            raise ValueError(
-                f"label_names={self.label_names!r} means nothing to preferences: compute_metrics gets the comparisons' "
-                "weights as labels; leave it out."
-            )
-
-    def _check_loss(self) -> None:
-        if not self.loss_type:
-            raise ValueError(f"loss_type={self.loss_type!r} must name at least one loss of {sorted(LOSSES)}.")
-        self.loss_type = [named_loss(loss) for loss in self.loss_type]
-        if self.loss_weights is not None:
-            if not isinstance(self.loss_weights, list | tuple) or len(self.loss_weights) != len(self.loss_type):
-                raise ValueError(
-                    f"loss_weights={self.loss_weights!r} must list one weight for each of the {len(self.loss_type)} "
-                    f"loss types {self.loss_type}; leave it out to weigh all of them 1."
-                )
-            if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.loss_weights):
-                raise ValueError(f"loss_weights={self.loss_weights!r} must be finite numbers; correct the odd one out.")
-        self.loss_parameters.check(self.loss_type)
-        if self.rpo_alpha is not None and (
-            not isinstance(self.rpo_alpha, int | float) or not 0 <= self.rpo_alpha < math.inf
-        ):
-            raise ValueError(f"rpo_alpha={self.rpo_alpha!r} must be a finite number, 0 or more.")
-        if self.ld_alpha is not None and (not isinstance(self.ld_alpha, int | float) or not 0 <= self.ld_alpha <= 1):
-            raise ValueError(
-                f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None; the paper takes 0.3 to 0.6 "
-                "for instruct models."
-            )
-        if self.use_weighting and (coupled := [name for name in self.loss_type if uses(name, "step")]):
-            raise ValueError(
-                f"use_weighting=True does not go with {coupled}, which look at a whole step before its pairs can be "
-                f"weighed; turn it off, or leave them out of loss_type={self.loss_type}."
-            )
-
-    def _check_lengths(self) -> None:
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
-            raise ValueError(
-                f"max_length={self.max_length!r} must be an integer of at least 2 (one token of prompt, one of "
-                "completion), or None to cut nothing."
-            )
-        for name in ("max_tokens_per_micro_batch", "precompute_ref_batch_size", "dataset_num_proc"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None for the default.")
-
-
-def tensor_parallel_refusal(setting: str) -> str:
-    """Why `setting`, which shares out a model's matrices among ranks, is not for the trainer, and what is."""
-    return (
-        f"{setting}: the ranks of a tensor-parallel model need the same rows, and DPOTrainer gives each its own; leave "
-        "it out and shard the model with FSDP2 or ZeRO-3 (examples/accelerate). In a loop of your own, add_dpo_forward "
-        "takes a tensor-parallel model."
-    )
-
 
 def _pad_multiple(value: int | str | None) -> int | None:
     """The command line passes numbers as text."""
     if value is None or str(value).lower() in ("auto", "none", "null"):
         return None
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"pad_to_multiple_of={value!r} must be an integer of at least 1, 'auto' or None; try 8.")
+        raise InputError(f"pad_to_multiple_of={value!r} must be an integer of at least 1, 'auto' or None; try 8.")
     return int(value)
 
 
@@ -489,7 +347,7 @@ def _column_names(value: dict[str, str] | list[str] | str | None) -> dict[str, s
         not isinstance(pairs, dict)
         or not all(isinstance(text, str) and text for pair in pairs.items() for text in pair)
     ):
-        raise ValueError(
+        raise InputError(
             f"columns={value!r} must map our names of columns to those of the dataset: --columns prompt=instruction on "
             "the command line, {'prompt': 'instruction'} in Python."
         )

@@ -43,7 +43,7 @@ def test_every_trl_field_is_here_with_its_default_or_is_known_not_to_be():
         ({"loss_type": ["sigmoid", "nope"]}, "loss_type='nope'"),
         ({"loss_type": []}, "at least one loss"),
         ({"loss_weights": [1.0, 2.0]}, r"loss_weights=\[1.0, 2.0\] must list one weight for each of the 1 loss"),
-        ({"loss_weights": 1.0}, "loss_weights=1.0 must list"),
+        ({"loss_weights": 1.0}, "loss_weights=1.0 must be a list, each a finite number"),
         ({"loss_weights": [float("nan")]}, "finite"),
         ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting=True does not go with"),
         ({"couple": "batch"}, "couple='batch'.*'micro_batch'"),
@@ -106,7 +106,7 @@ def test_bf16_is_on_by_default_only_on_a_gpu_that_has_it(tmp_path, monkeypatch, 
         self.bf16 = self.fp16 = False  # whether this machine could run it is not the question here
         post_init(self)
 
-    monkeypatch.setattr("dpo_fast.config._gpu_supports_bf16", lambda: gpu)
+    monkeypatch.setattr("dpo_fast.config.dpo_config._gpu_supports_bf16", lambda: gpu)
     monkeypatch.setattr(TrainingArguments, "__post_init__", note)
     make(tmp_path, **options)
     assert seen == [expected]
@@ -143,7 +143,7 @@ def test_what_fuses_the_layers_can_be_said_in_the_words_of_transformers_too(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer_kernels": "fast"}, "layer_kernels='fast' is not known; choose from .*'liger'"),
+        ({"layer_kernels": "fast"}, "layer_kernels='fast' must be one of .*'liger'"),
         ({"torch_compile": True, "layer_kernels": "none"}, "torch_compile=True asks for .*'compile', .*'none'"),
         ({"use_liger_kernel": True, "torch_compile": True}, "torch_compile=True asks for .*'compile', .*'liger'; keep"),
         ({"use_liger_kernel": True, "layer_kernels": "compile"}, "use_liger_kernel=True asks for .*'liger'"),
@@ -177,7 +177,7 @@ def test_batches_are_pinned_and_copied_while_the_host_goes_on(monkeypatch, tmp_p
 
 
 def test_bf16_asks_for_support_in_hardware(monkeypatch):
-    from dpo_fast.config import _gpu_supports_bf16
+    from dpo_fast.config.dpo_config import _gpu_supports_bf16
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
