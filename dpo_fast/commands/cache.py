@@ -11,9 +11,10 @@ import argparse
 import time
 from pathlib import Path
 
-from dpo_fast.commands.flags import CommandParser, refuse_unknown, spellings
+from dpo_fast.commands.flags import CommandParser, spellings
 from dpo_fast.commands.launch import launch_if_needed
 from dpo_fast.commands.train import make_trainer, print_summaries, read_arguments, scratch_output
+from dpo_fast.config.types import nearest
 from dpo_fast.errors import InputError, check_writable, refusing_input
 from dpo_fast.machine import cache_dir
 
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> int:
         if not chosen:
             return _fill(argv, options, rest)
         if rest:
-            refuse_unknown(rest[0], spellings(parser()), f"dpo-fast cache --{chosen[0]}")
+            near = nearest(rest[0], spellings(parser()), "; did you mean {}?")
+            raise InputError(f"unexpected argument {rest[0]!r} beside --{chosen[0]}{near or '; leave it out'}")
         root = options.reference_cache_dir or str(cache_dir() / "reference")
         return {"info": _info, "verify": _verify, "prune": _prune, "export": _export}[chosen[0]](root, options)
 

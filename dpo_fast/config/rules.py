@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
@@ -204,6 +205,10 @@ def check_surroundings(config: TrainingArguments) -> None:
                 f"{sorted(known)}"
             )
     check_writable("output_dir", config.output_dir, is_folder=True)
+    if (folder := config.reference_cache_dir) and "://" not in folder:
+        above = [path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()]
+        if not above[0].is_dir():
+            raise InputError(f"reference_cache_dir={folder!r}: {str(above[0])!r} is a file; give a folder")
 
 
 def _check_tracker(name: str) -> None:

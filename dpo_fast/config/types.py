@@ -58,7 +58,7 @@ def checked(name: str, value: Any, kind: Any, default: Any = None) -> Any:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]
-        shown = "'…'" if "token" in name and isinstance(value, str) else _shown(value)
+        shown = "'…'" if name.endswith("_token") and isinstance(value, str) else _shown(value)
         if isinstance(cause := reason.get("ctx", {}).get("error"), InputError):
             raise InputError(f"{name}={shown} {cause}; the default is {default!r}") from None
         near = nearest(str(value), _choices(kind), "; did you mean {}?")
@@ -67,7 +67,7 @@ def checked(name: str, value: Any, kind: Any, default: Any = None) -> Any:
 
 def nearest(word: str, known: Iterable[str], text: str) -> str:
     """Return `text` with those of `known` that are spelled like `word` in it, or nothing where none is."""
-    matches = difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
+    matches = difflib.get_close_matches(word, list(known), n=2)
     return text.format(" or ".join(map(repr, matches))) if matches else ""
 
 
@@ -164,10 +164,9 @@ def _accepted(kind: Any) -> Any:
     if origin is Annotated:
         return Annotated[_accepted(parts[0]), *kind.__metadata__]
     if origin in (Union, UnionType):
-        closed = [part for part in parts if _is_enum(part)]
-        members = tuple(_accepted(part) for part in parts if not (closed and part is str))
+        members = tuple(_accepted(part) for part in parts if not (_is_closed(kind) and part is str))
         union = Union[members]  # noqa: UP007 (a tuple)
-        return union if str in parts and not closed else Annotated[union, BeforeValidator(_none)]
+        return Annotated[union, BeforeValidator(_none)] if _is_closed(kind) or str not in parts else union
     if origin is list:
         return list[_accepted(parts[0])]
     if _is_enum(kind):
@@ -177,6 +176,11 @@ def _accepted(kind: Any) -> Any:
 
 def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
+
+
+def _is_closed(kind: Any) -> bool:
+    """Whether there are no other values than those that an enumeration, or literals without text, have."""
+    return str not in get_args(kind) or any(map(_is_enum, get_args(kind)))
 
 
 def _is_mapping(kind: Any) -> bool:
@@ -208,8 +212,8 @@ def _described(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if (plain := origin or kind) in _NAMES:
         return _NAMES[plain]
-    if choices := _choices(kind):
-        return f"one of {choices}"
+    if (choices := _choices(kind)) and _is_closed(kind):
+        return f"one of {choices}" + (" or None" if NoneType in parts else "")
     if origin is Annotated:
         bounds = [_BOUNDS[type(bound)].format(bound) for bound in kind.__metadata__ if type(bound) in _BOUNDS]
         return f"{_described(parts[0])} {' and '.join(bounds)}"

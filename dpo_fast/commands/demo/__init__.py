@@ -26,5 +26,9 @@ def main(argv: list[str]) -> int:
         options = parser().parse_args(argv)
         check_writable("--output_dir", options.output_dir, is_folder=True)
         from dpo_fast.commands.demo import command
+        from dpo_fast.model.loading import check_model_path
+
+        if options.model is not None:
+            check_model_path(options.model)
 
         return command.run(options)
