@@ -49,13 +49,15 @@ def keep_output_going() -> None:
     """Let stdout and stderr outlive their readers, and print what their encoding lacks as escapes."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(raw := getattr(getattr(stream, "buffer", None), "raw", None), io.FileIO):
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # itself with PYTHONUNBUFFERED
+        if isinstance(raw, io.FileIO):
             stream.flush()
             patient = io.TextIOWrapper(
                 io.BufferedWriter(_Patient(raw)),
                 encoding=stream.encoding,
                 errors="backslashreplace",
-                line_buffering=stream.line_buffering or name == "stderr",
+                line_buffering=stream.line_buffering or raw is buffer or name == "stderr",
             )
             setattr(sys, name, patient)
 

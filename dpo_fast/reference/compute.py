@@ -201,11 +201,13 @@ class ReferencePass:
                 log-probs are NaN.
         """
         start = 0
-        for rows in token_tables(dataset):
-            stop = start + len(rows)
-            self.run(rows, keys.window(start, stop), name)
-            start = stop
-        self._store.close()
+        try:
+            for rows in token_tables(dataset):
+                stop = start + len(rows)
+                self.run(rows, keys.window(start, stop), name)
+                start = stop
+        finally:  # what was computed is kept, whatever ends the pass
+            self._store.close()
         logger.info(
             "reference log-probs of %s: %d of %d completions computed, the others were in %s",
             name, self.report.computed, self.report.completions, self._store.folder,
