@@ -58,7 +58,9 @@ def input_of(what: str, cure: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}; {cure}") from error
 
 
-def check_writable(argument: str, path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
+def check_writable(
+    argument: str, path: str | os.PathLike[str], *, is_folder: bool = False, may_be_read_only: bool = False
+) -> None:
     """Refuse a place that nothing can be written to; a file or folder that is not there yet is not made.
 
     Raises:
@@ -67,15 +69,16 @@ def check_writable(argument: str, path: str | os.PathLike[str], *, is_folder: bo
     cure = "give another place, or make room and write permission there"
     try:
         target = Path(path).expanduser().absolute()
+        with suppress(FileNotFoundError):
+            os.stat(target)  # raises for names that no file can have
         if target.exists() and target.is_dir() != is_folder:
             raise InputError(f"{argument}={str(path)!r} is a {'file' if is_folder else 'folder'}; {cure}")
         place = target if is_folder else target.parent
         while not place.exists():
             place = place.parent
-        with suppress(FileNotFoundError):
-            os.stat(target)  # raises for names that no file can have
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"\0" * 4096)
+        if not may_be_read_only:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"\0" * 4096)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

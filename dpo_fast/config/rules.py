@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
@@ -205,10 +204,8 @@ def check_surroundings(config: TrainingArguments) -> None:
                 f"{sorted(known)}"
             )
     check_writable("output_dir", config.output_dir, is_folder=True)
-    if (folder := config.reference_cache_dir) and "://" not in folder:
-        above = [path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()]
-        if not above[0].is_dir():
-            raise InputError(f"reference_cache_dir={folder!r}: {str(above[0])!r} is a file; give a folder")
+    if config.reference_cache_dir and "://" not in config.reference_cache_dir:
+        check_writable("reference_cache_dir", config.reference_cache_dir, is_folder=True, may_be_read_only=True)
 
 
 def _check_tracker(name: str) -> None:
