@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import REFERENCE_FIELDS
 from dpo_fast.data.prepare import DataSummary
+from dpo_fast.errors import InputError
 from dpo_fast.model.agreement import settle_forward
 from dpo_fast.model.dropout import disable_dropout
 from dpo_fast.model.loading import vocabulary_size
@@ -86,7 +87,7 @@ def implicit_rewards(
         ValueError: no reference, or rows that cannot be used.
     """
     if ref_model is None and not hasattr(model, "disable_adapter"):
-        raise ValueError(
+        raise InputError(
             "ref_model is None, and model has no adapter to go without; give the model it was trained from"
         )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"

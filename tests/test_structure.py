@@ -14,8 +14,8 @@ KERNELS = ROOT / "kernels" / "dpo_fast_kernels"
 # From the bottom to the top, one row a floor. A module may import from its own wing and from floors below; wings on one
 # floor do not import each other.
 FLOORS = (
-    {"dpo_fast_kernels"},
-    {"batches", "machine", "errors"},
+    {"dpo_fast_kernels", "errors"},
+    {"batches", "machine"},
     {"data", "losses"},
     {"config"},
     {"model"},

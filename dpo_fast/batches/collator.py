@@ -9,6 +9,7 @@ from typing import Any
 from dpo_fast.batches.groups import Layout, PreferenceGroup
 from dpo_fast.batches.packing import pack
 from dpo_fast.batches.token_budget import split_by_tokens
+from dpo_fast.errors import InputError
 
 
 @dataclass
@@ -32,7 +33,7 @@ class DPOCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for row in rows:
             if "prompt_ids" not in row or "completion_ids" not in row:
-                raise ValueError(
+                raise InputError(
                     f"rows have the columns {sorted(row)}; give tokenised preference groups, as "
                     "dpo_fast.prepare_dataset returns them"
                 )

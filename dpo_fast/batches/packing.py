@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpo_fast.batches.completion_pieces import Pieces, by_completion, split_completions
 from dpo_fast.batches.groups import Layout, PreferenceGroup
+from dpo_fast.errors import InputError
 from dpo_fast_kernels import GatherPlan, PrefixLayout, ScoreLayout
 
 
@@ -133,24 +134,24 @@ def pack(
         ValueError: no groups, reference log-probs on some groups only, or a field of the wrong length.
     """
     if not groups:
-        raise ValueError("groups is empty: pack() needs at least one preference group")
+        raise InputError("groups is empty: pack() needs at least one preference group")
     split_for_ld_dpo |= cut
     reference = "ref_token_logps" if split_for_ld_dpo else "ref_logps"
     if len({getattr(group, reference) is not None for group in groups}) != 1:
-        raise ValueError(f"groups: {reference} is given on some groups and missing on others; give it on all or none")
+        raise InputError(f"groups: {reference} is given on some groups and missing on others; give it on all or none")
 
     if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r} is not known; choose from {list(get_args(Layout))}")
+        raise InputError(f"layout={layout!r} is not known; choose from {list(get_args(Layout))}")
     counts = [len(group.completion_ids) for group in groups]
     for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
         if any(not 0 <= index < count for pair in group.comparisons for index in pair):
-            raise ValueError(
+            raise InputError(
                 f"groups: comparisons {group.comparisons} of group {number} must be indices of its {count} completions"
             )
         if any(winner == loser for winner, loser in group.comparisons):
-            raise ValueError(f"groups: comparisons {group.comparisons} of group {number} compare one with itself")
+            raise InputError(f"groups: comparisons {group.comparisons} of group {number} compare one with itself")
         if len(group.comparison_weights) != len(group.comparisons):
-            raise ValueError(
+            raise InputError(
                 f"groups: group {number} has {len(group.comparison_weights)} comparison_weights for "
                 f"{len(group.comparisons)} comparisons; give one for each"
             )
@@ -200,7 +201,7 @@ def _ref_piece_logps(groups: Sequence[PreferenceGroup], layout: ScoreLayout, pie
     tokens = [np.asarray(logps, np.float64) for group in groups for logps in group.ref_token_logps]
     tokens = np.concatenate(tokens)
     if len(tokens) != layout.num_rows:
-        raise ValueError(f"groups: ref_token_logps hold {len(tokens)} numbers for {layout.num_rows} scored tokens")
+        raise InputError(f"groups: ref_token_logps hold {len(tokens)} numbers for {layout.num_rows} scored tokens")
     sums = np.add.reduceat(tokens, layout.host_cu_scores[:-1].numpy())
     return by_completion(torch.from_numpy(sums).float(), pieces.index)
 
@@ -212,7 +213,7 @@ def _joined(groups: Sequence[PreferenceGroup], field: str, counts: Sequence[int]
         return None
     for part, count in zip(values, counts, strict=True):
         if part is not None and len(part) != count:
-            raise ValueError(f"groups: {field} of a group holds {len(part)} numbers where {count} are needed")
+            raise InputError(f"groups: {field} of a group holds {len(part)} numbers where {count} are needed")
     parts = [[missing] * count if part is None else part for part, count in zip(values, counts, strict=True)]
     return torch.from_numpy(np.concatenate([np.asarray(part, np.float32) for part in parts]))
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpo_fast.errors import InputError
 from dpo_fast.losses import (
     Comparisons,
     Loss,
@@ -198,13 +199,13 @@ class FusedLinearDPOLoss(nn.Module):
     def _check_options(self) -> None:
         name = self.loss_type
         if uses(name, "step"):
-            raise ValueError(
+            raise InputError(
                 f"loss_type={name!r} couples all pairs of a step; take linear_logps and the loss of all its log-probs, "
                 "or DPOTrainer"
             )
         self._loss_parameters.check([name])
         if self.average_log_prob and uses(name, "lengths"):
-            raise ValueError(
+            raise InputError(
                 f"average_log_prob=True would divide by lengths twice: loss_type={name!r} does it already; leave it out"
             )
 
@@ -214,13 +215,13 @@ class FusedLinearDPOLoss(nn.Module):
         needed = ["ref_input", "ref_weight"] if self.use_ref_model else []
         if any(tensor is not None for tensor in cached.values()):
             if given:
-                raise ValueError(f"{given} is given beside cached reference log-probs; leave one of the two out")
+                raise InputError(f"{given} is given beside cached reference log-probs; leave one of the two out")
             needed = list(cached)
         elif given and not self.use_ref_model:
-            raise ValueError(f"{given} is given, but use_ref_model=False; leave it out, or build with True")
+            raise InputError(f"{given} is given, but use_ref_model=False; leave it out, or build with True")
         for name in needed:
             if {**cached, **model}[name] is None:
-                raise ValueError(
+                raise InputError(
                     f"{name} is missing: give ref_input and ref_weight, or ref_chosen_logps and ref_rejected_logps, "
                     "or build with use_ref_model=False for no reference"
                 )
@@ -249,7 +250,7 @@ class _ScoreRows:
         for pair, (chosen, rejected) in enumerate(lengths):
             if not (chosen and rejected):
                 sequence = pair + len(lengths) if chosen else pair
-                raise ValueError(
+                raise InputError(
                     f"target has no scored position in sequence {sequence}, all are {ignore_index}; "
                     f"leave pair {pair} out"
                 )
@@ -285,7 +286,7 @@ def _cached(_input: Tensor, **logps: Tensor) -> Tensor:
     pairs = _input.shape[0] // 2
     for name, tensor in logps.items():
         if tensor.shape != (pairs,) or not tensor.is_floating_point() or tensor.device != _input.device:
-            raise ValueError(
+            raise InputError(
                 f"{name} must be floating-point [{pairs}] on {_input.device}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
@@ -295,11 +296,11 @@ def _cached(_input: Tensor, **logps: Tensor) -> Tensor:
 
 def _check_target(target: Tensor, _input: Tensor) -> None:
     if target.ndim != 2 or target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 [2B, T], got {target.dtype} {tuple(target.shape)}")
+        raise InputError(f"target must be int64 [2B, T], got {target.dtype} {tuple(target.shape)}")
     if target.shape[0] == 0 or target.shape[0] % 2:
-        raise ValueError(f"target must have an even number of sequences, chosen then rejected, got {target.shape[0]}")
+        raise InputError(f"target must have an even number of sequences, chosen then rejected, got {target.shape[0]}")
     if target.device not in (_input.device, torch.device("cpu")):
-        raise ValueError(f"target must be on _input's device {_input.device} or on the CPU, got {target.device}")
+        raise InputError(f"target must be on _input's device {_input.device} or on the CPU, got {target.device}")
 
 
 def _check_head(target: Tensor, device: torch.device, **head: Tensor | None) -> None:
@@ -307,17 +308,17 @@ def _check_head(target: Tensor, device: torch.device, **head: Tensor | None) -> 
     (its_hidden, hidden), (its_weight, weight), (its_bias, bias) = head.items()
     if hidden.ndim != 3 or hidden.shape[:2] != target.shape:
         wanted = ", ".join(map(str, target.shape))
-        raise ValueError(f"{its_hidden} must have shape [{wanted}, H] as target has, got {tuple(hidden.shape)}")
+        raise InputError(f"{its_hidden} must have shape [{wanted}, H] as target has, got {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[2]:
         wanted = hidden.shape[2]
-        raise ValueError(f"{its_weight} must have shape [V, {wanted}] as {its_hidden} has, got {tuple(weight.shape)}")
+        raise InputError(f"{its_weight} must have shape [V, {wanted}] as {its_hidden} has, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         wanted = weight.shape[0]
-        raise ValueError(f"{its_bias} must have shape [{wanted}] as {its_weight} has, got {tuple(bias.shape)}")
+        raise InputError(f"{its_bias} must have shape [{wanted}] as {its_weight} has, got {tuple(bias.shape)}")
     for name, tensor in head.items():
         if tensor is not None and (tensor.device != device or not tensor.is_floating_point()):
-            raise ValueError(f"{name} must be floating-point on {device}, got {tensor.dtype} on {tensor.device}")
+            raise InputError(f"{name} must be floating-point on {device}, got {tensor.dtype} on {tensor.device}")
     autocast = torch.is_autocast_enabled(device.type)
     if weight.dtype != hidden.dtype and (not autocast or torch.float64 in (weight.dtype, hidden.dtype)):
         wanted = hidden.dtype
-        raise ValueError(f"{its_weight} must have {its_hidden}'s dtype {wanted} outside autocast, got {weight.dtype}")
+        raise InputError(f"{its_weight} must have {its_hidden}'s dtype {wanted} outside autocast, got {weight.dtype}")

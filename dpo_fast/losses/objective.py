@@ -56,7 +56,7 @@ class Objective:
             ValueError: the message begins with the argument.
         """
         if not self.mix:
-            raise ValueError("mix is empty; give the weight of one loss at least, {'sigmoid': 1.0}")
+            raise InputError("mix is empty; give the weight of one loss at least, {'sigmoid': 1.0}")
         object.__setattr__(self, "mix", {named_loss(loss): weight for loss, weight in self.mix.items()})
         self._check()
 
@@ -69,7 +69,7 @@ class Objective:
                     "prompts; say so with @dpo_fast.losses.loss(step=True), and DPOTrainer takes the step as a whole"
                 )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None")
+            raise InputError(f"ld_alpha={self.ld_alpha!r} must lie in [0, 1], or be None")
 
     @property
     def couples_groups(self) -> bool:
@@ -94,12 +94,12 @@ class Objective:
         """What the objective takes besides log-probs and statistics."""
         reference = packed.ref_logps
         if reference is None and self._looks_at_reference:
-            raise ValueError(
+            raise InputError(
                 f"packed has no reference log-probs, and {', '.join(self.mix)} looks at them; give groups with "
                 "ref_logps (ref_token_logps with ld_alpha), as dpo_fast.Reference adds them"
             )
         if (packed.completion_pieces is None) != (self.ld_alpha is None):
-            raise ValueError(
+            raise InputError(
                 f"ld_alpha={self.ld_alpha!r} does not fit the pack: with ld_alpha, and only then, give "
                 "pack(…, split_for_ld_dpo=True)"
             )

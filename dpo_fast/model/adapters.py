@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.errors import InputError
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -31,18 +32,18 @@ def prepare_peft(model: nn.Module, peft_config: Any | None, args: DPOConfig) -> 
         except ImportError as error:
             raise ImportError('peft_config needs the peft package: pip install "dpo-fast[peft]"') from error
         if not isinstance(peft_config, PeftConfig):
-            raise ValueError(
+            raise InputError(
                 f"peft_config is a {type(peft_config).__name__}; pass a peft.LoraConfig or another PeftConfig"
             )
         if isinstance(peft_config, PromptLearningConfig):
-            raise ValueError(f"peft_config is a {type(peft_config).__name__}, which adds prompt tokens; use a LoRA")
+            raise InputError(f"peft_config is a {type(peft_config).__name__}, which adds prompt tokens; use a LoRA")
         if getattr(peft_config, "alora_invocation_tokens", None):
-            raise ValueError(
+            raise InputError(
                 "peft_config has alora_invocation_tokens: such an adapter works from certain tokens on, which it does "
                 "not see in a packed batch; use a LoRA without them"
             )
         if hasattr(model, "peft_config"):
-            raise ValueError(
+            raise InputError(
                 "peft_config is given, but model already has an adapter: leave peft_config out to train that one, or "
                 "merge it first (model.merge_and_unload())"
             )

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_fast.errors import InputError
 from dpo_fast_kernels import PrefixLayout, prefix_attention
 
 ATTENTION_NAME = "dpo_fast_prefix"
@@ -48,7 +49,7 @@ def _attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
-        raise ValueError(
+        raise InputError(
             f"attention dropout of {type(module).__name__} is {dropout}, and the shared layout has none: set "
             "disable_dropout=True, or attention_dropout=0 in the model's configuration"
         )

@@ -17,6 +17,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dpo_fast.errors import InputError
 from dpo_fast.machine import free_memory
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def keep_numbers_exact(plugin: FullyShardedDataParallelPlugin) -> None:
         ValueError: it is FSDP1.
     """
     if plugin.fsdp_version != 2:
-        raise ValueError(
+        raise InputError(
             f"fsdp_version={plugin.fsdp_version} is not supported: its shards cannot be told from whole weights, and "
             "its mixed precision rounds reference log-probs. Take fsdp_version 2; `accelerate to-fsdp2` rewrites a "
             "configuration file"

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from dpo_fast.batches.packing import PackedBatch
+from dpo_fast.errors import InputError
 from dpo_fast.model.attention import ATTENTION_NAME, packed_arguments
 from dpo_fast.model.frequencies import frequency_limit, own_frequencies
 from dpo_fast.model.head import Head, HeadForm, linear_heads, read_head
@@ -103,7 +104,7 @@ def add_dpo_forward(model: PreTrainedModel) -> None:
         ValueError: the model has no LM head.
     """
     if model.get_output_embeddings() is None:
-        raise ValueError(f"model is a {type(model).__name__} without an LM head; load it with AutoModelForCausalLM")
+        raise InputError(f"model is a {type(model).__name__} without an LM head; load it with AutoModelForCausalLM")
     if "dpo_fast" in vars(model):
         return
     model.dpo_fast = ModelState(model.forward, read_head(model), frequency_limit(model))
@@ -160,18 +161,18 @@ def _check_packed(model: PreTrainedModel, packed: PackedBatch) -> None:
         ValueError: no packed batch, or a shared prompt for a model whose attention would mix completions.
     """
     if not isinstance(packed, PackedBatch):
-        raise ValueError(f"packed is a {type(packed).__name__}; give what dpo_fast.pack returns, a PackedBatch")
+        raise InputError(f"packed is a {type(packed).__name__}; give what dpo_fast.pack returns, a PackedBatch")
     if packed.prefix is None:
         return
     configs = (model.config, model.config.get_text_config())
     if not any(config._attn_implementation == ATTENTION_NAME for config in configs):
-        raise ValueError(
+        raise InputError(
             f"packed has the shared layout, and {type(model).__name__} attends by "
             f"{model.config._attn_implementation!r}, which would mix its completions; call use_shared_prefix(model) "
             "first, or pack(groups, layout='padded')"
         )
     if packed.longest > (limit := model.dpo_fast.frequency_limit):
-        raise ValueError(
+        raise InputError(
             f"packed has the shared layout and a sequence of {packed.longest} tokens, and the rotary frequencies of "
             f"{type(model).__name__} depend on a sequence's length beyond {limit}; pack(groups, layout='padded')"
         )

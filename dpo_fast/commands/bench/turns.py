@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_fast.commands.bench.worker import STEP, Failure, Report, TrainJob, work
+from dpo_fast.errors import InputError
 
 # Signals that end a process without memory: from the kernel, and from C++ code that was refused memory.
 _NO_MEMORY = (signal.SIGKILL, signal.SIGABRT)
@@ -194,7 +195,7 @@ def check_losses(losses: Mapping[str, Sequence[float]], tolerance: float) -> flo
         for step, (a, b) in enumerate(zip(expected, found, strict=True)):
             difference = abs(a - b) / max(abs(a), abs(expected[0]))
             if not difference <= tolerance:
-                raise ValueError(
+                raise InputError(
                     f"losses: in step {step} {first} has {a:.6g} and {name} {b:.6g}, more than {tolerance:g} apart; "
                     "what computes something else is not timed. Lower learning_rate if the losses run away"
                 )

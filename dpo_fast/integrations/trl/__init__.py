@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
+from dpo_fast.errors import InputError
+
 __all__ = ["DPOTrainer", "check_trl_version", "patch_trl", "unpatch_trl"]
 
 TESTED_VERSIONS = "==1.16.*"
@@ -28,7 +30,7 @@ def check_trl_version() -> None:
     except PackageNotFoundError as error:
         raise ImportError('dpo_fast.integrations.trl needs TRL: pip install "dpo-fast[trl]"') from error
     if not SpecifierSet(TESTED_VERSIONS).contains(found, prereleases=True):
-        raise ValueError(
+        raise InputError(
             f"trl: version {found} is installed, and dpo_fast accelerates trl{TESTED_VERSIONS}: it replaces parts of "
             f'the trainer that other versions have differently; pip install "trl{TESTED_VERSIONS}", or train with '
             "dpo_fast.DPOTrainer, which needs no TRL"
