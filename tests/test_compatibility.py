@@ -120,7 +120,7 @@ def test_a_store_that_was_written_before_is_found_and_served(tmp_path):
         assert found.all() and np.array_equal(sums, [-sum(range(1, n + 2)) / 4 for n in range(6)])
         tokens = store.token_logps(keys)
         assert [list(row) for row in tokens] == [[-(i + 1) / 4 for i in range(n + 1)] for n in range(6)]
-    assert SCHEMA.names == ["key", "num_tokens", "logp", "token_logps"] and (STORE_VERSION, INDEX_VERSION) == (3, 1)
+    assert SCHEMA.names == ["key", "num_tokens", "logp", "token_logps"] and (STORE_VERSION, INDEX_VERSION) == (3, 2)
 
 
 def test_a_model_has_the_name_that_it_had():

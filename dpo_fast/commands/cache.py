@@ -66,8 +66,9 @@ def _fill(argv: list[str], options: argparse.Namespace, train_flags: list[str]) 
     launch_if_needed(arguments, ("cache", *argv))
     trainer = make_trainer(arguments, _caching_trainer(options.shard, options.num_shards))
     print_summaries(trainer)
+    store = trainer.reference.store
+    store.close()
     if trainer.is_world_process_zero():
-        store = trainer.reference.store
         print(f"{store.computed} reference log-probs computed, in {store.folder}")
     return 0
 
@@ -106,13 +107,17 @@ def _verify(root: str, options: argparse.Namespace) -> int:
         print(f"{folder}: {found.rows} rows in {found.parts} parts are whole, {found.bytes / 2**20:.1f} MiB")
         for what in ("damaged", "missing", "foreign"):
             for name in getattr(found, what):
-                print(f"  {what}: {name}")
+                print(f"  {what}: {name}", *([f"({found.reasons[name]})"] if what == "damaged" else []))
+        if found.unnamed:
+            print(f"  {len(found.unnamed)} parts do not name their store; the next run checks them")
     return 1 if damaged else 0
 
 
 def _prune(root: str, options: argparse.Namespace) -> int:
-    from dpo_fast.reference.store.maintenance import prune
+    from dpo_fast.reference.store.maintenance import prune, stores_in_use
 
+    for folder in stores_in_use(root):
+        print(f"in use, left alone: {folder}")
     removed, size = prune(root, options.prune, options.dry_run)
     for path in removed:
         print(path)

@@ -194,7 +194,7 @@ class ReferencePass:
         self.report = PassReport()
 
     def over(self, dataset: Dataset, keys: CompletionKeys, name: str) -> None:
-        """Runs on a tokenised dataset, columns named as the attributes of `PreferenceGroup`, and closes the store.
+        """Runs on a tokenised dataset, columns named as the attributes of `PreferenceGroup`, and saves the store.
 
         Raises:
             ValueError: a single prompt with a completion does not fit the device's memory, or the reference's
@@ -207,7 +207,7 @@ class ReferencePass:
                 self.run(rows, keys.window(start, stop), name)
                 start = stop
         finally:  # what was computed is kept, whatever ends the pass
-            self._store.close()
+            self._store.save()
         logger.info(
             "reference log-probs of %s: %d of %d completions computed, the others were in %s",
             name, self.report.computed, self.report.completions, self._store.folder,

@@ -202,8 +202,11 @@ class Reference:
     def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
         """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
         keys, run = CompletionKeys.of_tables(token_tables(dataset)), self._pass()
+        self.store.expect_additions(keys.values)
         with on_device(self.model, self._accelerator.device) if self.model else contextlib.nullcontext():
             run.over(dataset, keys, name)
+            while self.store.lost_rows():
+                self._pass().over(dataset, keys, name)
             self._check(run.report.known)
             self._wait_for_others()
         return keys
@@ -280,7 +283,7 @@ class Reference:
     def share_rows(self) -> None:
         """Writes what `with_logps_of_rows` has computed, and picks up what it has in other processes; all call it."""
         if self._accelerator.num_processes > 1:
-            self.store.close()
+            self.store.save()
             self._accelerator.wait_for_everyone()
             self.store.refresh()
 

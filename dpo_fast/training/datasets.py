@@ -220,4 +220,4 @@ class PreferenceDatasets:
     def save_references(self) -> None:
         """Write what the store has in memory alone: the last rows of a stream."""
         if self.reference is not None and self.has_streams:
-            self.reference.store.close()
+            self.reference.store.save()

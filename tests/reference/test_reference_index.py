@@ -151,7 +151,7 @@ def test_an_index_of_another_version_is_made_anew(tmp_path, caplog, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(index, "INDEX_VERSION", 7)
         name = write_index(folder, [], None, SpilledRows(folder))
-    assert best_index(folder) is None and "is of version 7, not 1" in caplog.text
+    assert best_index(folder) is None and "is of version 7, not 2" in caplog.text
     assert not (tmp_path / name).exists()
 
 

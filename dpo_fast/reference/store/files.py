@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import errno
 import hashlib
+import json
 import logging
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from dpo_fast.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 WRITING = ".writing-"
+PRUNING = ".pruning-"  # a mark of whoever is removing the files of a folder
+TEMPORARY = (WRITING, PRUNING)
 DESCRIPTION = "reference.json"
 DAMAGED = ".damaged"
 DAY = 86_400.0
+UNWRITABLE = (OSError, NotImplementedError)  # what a place that may only be read says
 
 
 class File(NamedTuple):
@@ -47,8 +55,30 @@ class Folder:
         self.local = isinstance(self.fs, LocalFileSystem)
         self.url = self._path if self.local else self.fs.unstrip_protocol(self._path)
 
+    @property
+    def parent(self) -> Folder:
+        """Return the folder that it lies in."""
+        above = copy.copy(self)
+        above._path, above.url = (path.rpartition("/")[0] for path in (self._path, self.url))
+        above.name = above._path.rpartition("/")[2]
+        return above
+
+    @property
+    def real(self) -> Folder:
+        """Return the folder that a link leads to; itself, where it is none."""
+        return Folder(os.path.realpath(self._path)) if self.local and os.path.islink(self._path) else self
+
+    @property
+    def scratch(self) -> str | None:
+        """Return where large temporary files may lie; None for the system's own place."""
+        return self._path if self.local and os.access(self._path, os.W_OK) else None
+
     def path(self, name: str) -> str:
         return f"{self._path}/{name}"
+
+    def make(self) -> None:
+        """Make it, and those above, where it is not there."""
+        self.fs.makedirs(self._path, exist_ok=True)
 
     def list(self, folders: bool = False) -> dict[str, File]:
         """Its files (or its folders), by name; none where there is no such folder."""
@@ -81,9 +111,18 @@ class Folder:
                     self.fs.put_file(file.name, self.path(temporary))
             self._move(temporary, name)
         except BaseException:
-            self.remove(temporary)
+            with suppress(*UNWRITABLE):
+                self.remove(temporary)
             raise
         return name
+
+    def touch(self, name: str) -> None:
+        """Write a file without content, whose time counts."""
+        if self.local:  # an eighth of the time that fsspec takes
+            with open(self.path(name), "wb"):
+                os.utime(self.path(name))
+        else:
+            self.fs.pipe_file(self.path(name), b"")
 
     def _move(self, name: str, new: str) -> None:
         if self.local:
@@ -135,16 +174,24 @@ def is_index(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith(WRITING) or name == DESCRIPTION or is_part(name) or is_index(name) or is_aside(name)
+    return is_part(name) or is_index(name) or is_aside(name) or name == DESCRIPTION or name.startswith(TEMPORARY)
 
 
 def is_aside(name: str) -> bool:
     return name.endswith(DAMAGED) and is_ours(name.removesuffix(DAMAGED))
 
 
+def is_description(data: bytes) -> bool:
+    """Whether a file is a store's description, as far as its form tells."""
+    try:
+        return data == json.dumps(json.loads(data), sort_keys=True, indent=2).encode()
+    except ValueError:
+        return False
+
+
 def is_stale(name: str, file: File) -> bool:
     """Whether a file was never finished, its writer long gone."""
-    return name.startswith(WRITING) and file.modified is not None and time.time() - file.modified > DAY
+    return name.startswith(TEMPORARY) and file.modified is not None and time.time() - file.modified > DAY
 
 
 def write_bytes(folder: Folder, name: str, data: bytes) -> str:
@@ -155,6 +202,42 @@ def write_bytes(folder: Folder, name: str, data: bytes) -> str:
     return folder.write(fill)
 
 
-def set_aside(folder: Folder, name: str, reason: str, what_follows: str = "its rows are recomputed") -> None:
-    folder.rename(name, name + DAMAGED)
-    logger.warning("%s %s: set aside as %s, %s", folder.path(name), reason, name + DAMAGED, what_follows)
+def discard(folder: Folder, name: str) -> None:
+    """Remove a file that nobody needs; where files may only be read it stays."""
+    with suppress(*UNWRITABLE):
+        folder.remove(name)
+
+
+def set_aside(
+    folder: Folder, reasons: Mapping[str, str], what_follows: str = "their rows are recomputed"
+) -> dict[str, str]:
+    """Set files aside, for a reason each, with one warning for all; return those where this fails, and why.
+
+    Through a link of another name nothing is set aside: there, files are what they ought to be.
+    """
+    linked = bool(reasons) and folder.real.name != folder.name
+    kept = dict.fromkeys(reasons, f"a link to {folder.real.url}") if linked else {}
+    for name in reasons.keys() - kept.keys():
+        try:
+            folder.rename(name, name + DAMAGED)
+        except UNWRITABLE as error:
+            kept[name] = str(error)
+    if reasons:
+        shown = [f"{name} {reason}" for name, reason in [*reasons.items()][:5]]
+        more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
+        how = f"not used ({len(kept)} cannot be renamed: {min(kept.values())})" if kept else f"set aside as *{DAMAGED}"
+        logger.warning("%s: %s, %s: %s", folder.url, how, what_follows, "; ".join([*shown, *more]))
+    return kept
+
+
+def cannot_write(error: BaseException) -> bool:
+    """Whether it is the place that an error speaks of: full, or only to be read."""
+    places = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    return isinstance(error, PermissionError | NotImplementedError) or getattr(error, "errno", None) in places
+
+
+def unwritable(folder: Folder, error: BaseException) -> InputError:
+    return InputError(
+        f"reference_cache_dir: {folder.url} cannot be written ({error}); free space there, or name a folder that can "
+        "be written; what was written before is kept"
+    )

@@ -11,8 +11,9 @@ not compressed, so that it is mapped and not read. 32 bytes a row, sorted by key
 
 Record batch i holds the keys whose leading `bits` bits are i. Keys are hashes, so batches are of nearly equal size,
 about a million rows at most, and any set of rows is merged batch by batch in bounded memory and linear time. The
-schema's metadata holds version, bits and, of each part, name, size, modification time and rows. The same parts give the
-same bytes, and the name is a checksum of these (XXH3, 128 bits) that is verified when an index is opened.
+schema's metadata holds version, bits, the store's name and, of each part, name, size, modification time, rows and
+whether the store's name is in it. The same parts give the same bytes, and the name is a checksum of these (XXH3, 128
+bits) that is verified when an index is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import pyarrow as pa
 import xxhash
 
 from dpo_fast.errors import InputError
-from dpo_fast.reference.store.files import Folder, is_index
+from dpo_fast.reference.store.files import Folder, discard, is_index
 from dpo_fast.reference.store.parts import (
     COLUMNS,
     MAX_BITS,
@@ -36,17 +37,22 @@ from dpo_fast.reference.store.parts import (
     IndexedPart,
     Rows,
     SpilledRows,
-    alphabetical_order,
     arrow,
+    by_precedence,
     column_values,
+    precedence,
     range_edges,
 )
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ROWS_PER_BATCH = 1 << 20
 _METADATA = b"dpo_fast"
+
+
+class OtherVersion(InputError):
+    """An index is of another version."""
 
 
 class Index:
@@ -54,11 +60,11 @@ class Index:
 
     Attributes:
         name: of the file.
-        parts: that it covers, in alphabetical order, which numbers them.
+        parts: that it covers, in the order in which they are believed, which numbers them.
         num_rows: different keys.
 
     Raises:
-        ValueError: its bytes do not match its name, or it is of another version.
+        ValueError: its bytes do not match its name, or it is of another version or store.
         FileNotFoundError: another process has removed it.
     """
 
@@ -74,7 +80,9 @@ class Index:
         reader = pa.ipc.open_file(pa.memory_map(path))
         metadata = json.loads(reader.schema.metadata[_METADATA])
         if metadata["version"] != INDEX_VERSION:
-            raise InputError(f"is of version {metadata['version']}, not {INDEX_VERSION}")
+            raise OtherVersion(f"is of version {metadata['version']}, not {INDEX_VERSION}")
+        if metadata["store"] != folder.name:
+            raise InputError(f"is of another store, {metadata['store']}")
         self.parts, self._bits = [IndexedPart(*part) for part in metadata["parts"]], metadata["bits"]
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._batches = [Rows(*map(column_values, batch.columns, COLUMNS.values())) for batch in batches]
@@ -112,13 +120,19 @@ def _checksum(path: str) -> str:
     return digest.hexdigest()
 
 
-def open_index(folder: Folder, name: str) -> Index | None:
-    """None for an index that is damaged or of another version: it is removed, for it can be made again."""
+def open_index(folder: Folder, name: str, reasons: dict[str, str] | None = None) -> Index | None:
+    """None for an index that is damaged or of another version or store: it is removed, for it can be made again.
+
+    Args:
+        reasons: where to note what is wrong with it, unless it is the version alone.
+    """
     try:
         return Index(folder, name)
     except ValueError as error:
         logger.warning("%s %s: removed, the next run makes it anew", folder.path(name), error)
-        folder.remove(name)
+        if reasons is not None and not isinstance(error, OtherVersion):
+            reasons[name] = str(error)
+        discard(folder, name)
         return None
 
 
@@ -130,10 +144,11 @@ def write_index(folder: Folder, parts: Sequence[IndexedPart], old: Index | None,
         old: an index of some of them.
         runs: the rows of the others.
     """
-    rank = alphabetical_order(parts)
+    rank = precedence(parts)
     # Rows with repeats, so that the ranges depend on the set of parts and not on the order in which they were merged.
     bits = min(MAX_BITS, (max(sum(part.rows for part in parts) - 1, 0) // ROWS_PER_BATCH).bit_length())
-    metadata = json.dumps({"version": INDEX_VERSION, "bits": bits, "parts": sorted(parts)})
+    of_store = {"version": INDEX_VERSION, "store": folder.name}
+    metadata = json.dumps({**of_store, "bits": bits, "parts": by_precedence(parts)})
     fields = [pa.field(name, pa.from_numpy_dtype(RECORD[name]), nullable=False) for name in Rows._fields]
     schema = pa.schema(fields, metadata={_METADATA: metadata.encode()})
 
@@ -165,13 +180,13 @@ def best_index(folder: Folder) -> Index | None:
         gone = {part.name for part in index.parts} - present
         if gone:
             report_gone(folder, gone)
-            folder.remove(name)
+            discard(folder, name)
         else:
             indices.append(index)
     best = max(reversed(indices), key=lambda index: len(index.parts), default=None)
     for index in indices:
         if index is not best and {part.name for part in index.parts} <= {part.name for part in best.parts}:
-            folder.remove(index.name)
+            discard(folder, index.name)
     return best
 
 

@@ -1,5 +1,8 @@
 """The parts of a reference store: immutable Parquet files, named after the hash of their bytes.
 
+The name of the store stands in their metadata, so that no other store takes them for its own. Parts that were written
+before lack it.
+
     key          16 bytes, hash of the prompt's and the completion's token ids as the model sees them
     num_tokens   int32, scored tokens
     logp         fp32, their summed log-prob, in nats
@@ -22,6 +25,7 @@ import pyarrow.parquet as pq
 from dpo_fast.reference.store.files import Folder, hexadecimal_hash, set_aside, write_bytes
 
 ROWS_PER_RUN = 1 << 20
+STORE = b"dpo_fast.store"  # key of the store's name in a part's metadata
 MAX_BITS = 12
 _FLOAT = pa.float32()
 SCHEMA = pa.schema({"key": pa.binary(16), "num_tokens": pa.int32(), "logp": _FLOAT, "token_logps": pa.list_(_FLOAT)})
@@ -78,13 +82,18 @@ class IndexedPart(NamedTuple):
     size: int
     modified: float | None
     rows: int
+    named: bool = True  # whether the store's name is in it
 
 
-def alphabetical_order(parts: Sequence[IndexedPart]) -> np.ndarray:
-    """Place of every part in the alphabetical order of all, uint32."""
-    rank = np.empty(len(parts), np.uint32)
-    rank[sorted(range(len(parts)), key=lambda number: parts[number].name)] = np.arange(len(parts), dtype=np.uint32)
-    return rank
+def by_precedence(parts: Sequence[IndexedPart]) -> list[IndexedPart]:
+    """Sort parts in the order in which they are believed: those with the store's name first, then by file name."""
+    return sorted(parts, key=lambda part: (not part.named, part.name))
+
+
+def precedence(parts: Sequence[IndexedPart]) -> np.ndarray:
+    """Place of every part in the order in which they are believed, uint32."""
+    place = {part.name: number for number, part in enumerate(by_precedence(parts))}
+    return np.array([place[part.name] for part in parts], np.uint32)
 
 
 class SpilledRows:
@@ -96,8 +105,7 @@ class SpilledRows:
 
     def __init__(self, folder: Folder):
         self.num_rows = 0
-        directory = folder.path("") if folder.local else None
-        self._file = tempfile.SpooledTemporaryFile(2 * ROWS_PER_RUN * RECORD.itemsize, dir=directory)  # noqa: SIM115
+        self._file = tempfile.SpooledTemporaryFile(2 * ROWS_PER_RUN * RECORD.itemsize, dir=folder.scratch)  # noqa: SIM115
         self._bounds: list[np.ndarray] = []
         self._waiting: list[Rows] = []
         self._waiting_rows = 0
@@ -162,31 +170,69 @@ def write_part(folder: Folder, keys: np.ndarray, token_logps: Sequence[np.ndarra
         pa.ListArray.from_arrays(arrow(offsets), arrow(np.concatenate(token_logps))),
     ]
     table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    return write_table(folder, table), part_rows(table, 0)
+
+
+def write_table(folder: Folder, table: pa.Table) -> IndexedPart:
+    """Write a part with the name of its store."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({STORE: folder.name}), sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     name = write_bytes(folder, part_name(data), data)
-    return IndexedPart(name, *folder.stat(name), len(keys)), part_rows(table, 0)
+    return IndexedPart(name, *folder.stat(name), table.num_rows)
 
 
-def read_part(folder: Folder, name: str, columns: Sequence[str]) -> pa.Table | None:
-    """Columns of a part, its bytes verified; None for one that is gone, or was damaged and has been set aside."""
-    try:
-        data = folder.read(name)
-    except FileNotFoundError:
-        return None
+class Refused(Exception):
+    """Why a part is not served."""
+
+
+def load_part(folder: Folder, name: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a part, its bytes verified.
+
+    Raises:
+        Refused: it is damaged, or of another store.
+        FileNotFoundError: it is gone.
+    """
+    data = folder.read(name)
     if part_name(data) != name:
-        return set_aside(folder, name, "does not match its checksum")
+        raise Refused("does not match its checksum")
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         table = file.read(columns=[*columns], use_threads=False).combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        return set_aside(folder, name, f"cannot be read as Parquet ({error})")
+        raise Refused(f"cannot be read as Parquet ({error})") from error
+    store = (file.schema_arrow.metadata or {}).get(STORE, folder.name.encode()).decode(errors="replace")
+    if store != folder.name:
+        raise Refused(f"belongs to another store, {store}")
     if not file.schema_arrow.equals(SCHEMA):
-        return set_aside(folder, name, f"has other columns ({', '.join(file.schema_arrow.names)})")
+        raise Refused(f"has other columns ({', '.join(file.schema_arrow.names)})")
     if any(column.null_count for column in table.columns):
-        return set_aside(folder, name, "has rows without a value")
+        raise Refused("has rows without a value")
     return table
+
+
+def is_named(table: pa.Table) -> bool:
+    """Whether the store's name was in the part that a table is of."""
+    return STORE in (table.schema.metadata or {})
+
+
+def read_part(
+    folder: Folder, name: str, columns: Sequence[str], refused: dict[str, str] | None = None
+) -> pa.Table | None:
+    """Columns of a part, its bytes verified; None for one that is gone, or is not to be served.
+
+    What is not to be served is set aside, or noted in `refused` with the reason, where that is given.
+    """
+    try:
+        return load_part(folder, name, columns)
+    except FileNotFoundError:
+        return None
+    except Refused as reason:
+        if refused is None:
+            set_aside(folder, {name: str(reason)})
+        else:
+            refused[name] = str(reason)
+        return None
 
 
 def column_values(column: pa.Array, dtype: Any) -> np.ndarray:
