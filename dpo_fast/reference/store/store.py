@@ -127,39 +127,34 @@ class ReferenceStore:
         foreign = sorted(name for name in files if not is_ours(name))
         if foreign:
             logger.debug("%s: files that are not the store's are left alone: %s", self.folder, ", ".join(foreign))
-        self._describe(files)
+        if self._files.real.name != self._files.name and (other := self._other_store()):
+            raise InputError(
+                f"reference_cache_dir: {self.folder} is a link to a folder of the store {other}; remove the link"
+            )
         for name, file in files.items():
             if is_stale(name, file):
                 discard(self._files, name)
         self._start_from(best_index(self._files))
         self._update_index(*self._new_rows())
+        self._describe(files)
+
+    def _other_store(self) -> str | None:
+        """Return the store that the folder's description is of, if that is another one and not just damaged."""
+        with suppress(FileNotFoundError):
+            text = self._files.read(DESCRIPTION)
+            return hexadecimal_hash(text) if text != self._text and is_description(text) else None
+        return None
 
     def _describe(self, files: dict[str, File]) -> None:
         """Keeps the description in the folder; the time of its file says, to a day, when the store was last opened."""
         file = files.get(DESCRIPTION)
-        kept = self._files.read(DESCRIPTION) if file else None
-        if kept == self._text and (file.modified is None or time.time() - file.modified < DAY):
-            return
-        if kept != self._text:
-            if kept is not None and is_description(kept):
-                self._refuse_unnamed(files, hexadecimal_hash(kept))
-            if file is not None or any(map(is_part, files)):
-                logger.warning("%s was damaged or missing: written anew", self._files.path(DESCRIPTION))
+        if file is not None and self._files.read(DESCRIPTION) == self._text:
+            if file.modified is None or time.time() - file.modified < DAY:
+                return
+        elif file is not None or any(map(is_part, files)):
+            logger.warning("%s was damaged or missing: written anew", self._files.path(DESCRIPTION))
         with suppress(*UNWRITABLE):  # a store that may only be read
             self._write_description()
-
-    def _refuse_unnamed(self, files: dict[str, File], other: str) -> None:
-        """Sets aside what may have come with the description of another store."""
-        if self._files.real.name != self._files.name:
-            raise InputError(
-                f"reference_cache_dir: {self.folder} is a link to a folder of the store {other}; remove the link"
-            )
-        refused: dict[str, str] = {}
-        for name in filter(is_part, files):
-            table = read_part(self._files, name, [], refused)
-            if table is not None and not is_named(table):
-                refused[name] = f"has no store's name, and came with the description of the store {other}"
-        self._set_aside(refused)
 
     def _write_description(self) -> None:
         """Writes it, into a folder that is made where it is gone."""
@@ -198,7 +193,9 @@ class ReferenceStore:
         parts, runs = [*self._parts], SpilledRows(self._files)
         for name in sorted(present.keys() - {part.name for part in parts}):
             table = read_part(self._files, name, ["key", "logp", "num_tokens"], refused)
-            if table is not None:
+            if table is not None and not is_named(table) and (other := self._other_store()):
+                refused[name] = f"has no store's name, and came with the description of the store {other}"
+            elif table is not None:
                 runs.add(part_rows(table, len(parts)))
                 parts.append(IndexedPart(name, *present[name], table.num_rows, is_named(table)))
         self._set_aside(refused)
