@@ -232,12 +232,14 @@ def set_aside(
 
 def cannot_write(error: BaseException) -> bool:
     """Whether it is the place that an error speaks of: full, or only to be read."""
-    places = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    places = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
     return isinstance(error, PermissionError | NotImplementedError) or getattr(error, "errno", None) in places
 
 
-def unwritable(folder: Folder, error: BaseException) -> InputError:
+def unwritable(folder: Folder, error: BaseException, lacking: int = 0) -> InputError:
+    """Return what a user reads of a store's place, and of how many log-probs it ought to get."""
+    lacks = f"lacks {lacking} reference log-probs and " if lacking else ""
     return InputError(
-        f"reference_cache_dir: {folder.url} cannot be written ({error}); free space there, or name a folder that can "
-        "be written; what was written before is kept"
+        f"reference_cache_dir: {folder.url} {lacks}cannot be written ({error}); free space there, or name a folder "
+        "that can be written; what was written before is kept"
     )

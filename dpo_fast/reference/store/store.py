@@ -148,13 +148,13 @@ class ReferenceStore:
     def _describe(self, files: dict[str, File]) -> None:
         """Keeps the description in the folder; the time of its file says, to a day, when the store was last opened."""
         file = files.get(DESCRIPTION)
-        if file is not None and self._files.read(DESCRIPTION) == self._text:
-            if file.modified is None or time.time() - file.modified < DAY:
-                return
-        elif file is not None or any(map(is_part, files)):
-            logger.warning("%s was damaged or missing: written anew", self._files.path(DESCRIPTION))
+        whole = file is not None and self._files.read(DESCRIPTION) == self._text
+        if whole and (file.modified is None or time.time() - file.modified < DAY):
+            return
         with suppress(*UNWRITABLE):  # a store that may only be read
             self._write_description()
+            if not whole and (file is not None or any(map(is_part, files))):
+                logger.warning("%s was damaged or missing: written anew", self._files.path(DESCRIPTION))
 
     def _write_description(self) -> None:
         """Writes it, into a folder that is made where it is gone."""
@@ -402,9 +402,8 @@ class ReferenceStore:
             self._files.make()
             discard(self._files, write_bytes(self._files, f"{WRITING}probe-{os.getpid()}", b""))
         except UNWRITABLE as error:
-            if lacking := int((~self.lookup(keys)[0]).sum()):
-                message = f"it lacks {lacking} of {len(keys)} reference log-probs, and {error}"
-                raise unwritable(self._files, InputError(message)) from error
+            if lacking := len(np.unique(keys[~self.lookup(keys)[0]], axis=0)):
+                raise unwritable(self._files, error, lacking) from error
 
     def lost_rows(self) -> bool:
         """Whether known parts have gone since it was last asked, so that a pass may have to begin again."""
