@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--info", action="store_true", help="list the stores: model, rows, size, last use")
     parser.add_argument("--verify", action="store_true", help="read everything; what is damaged is set aside")
-    parser.add_argument("--prune", type=float, metavar="DAYS", help="remove stores unused for so many days")
+    parser.add_argument(
+        "--prune", type=float, metavar="DAYS", help="remove stores unused for so many days; none in use"
+    )
     parser.add_argument("--dry_run", action="store_true", help="with --prune: only say what would go")
     parser.add_argument("--export", metavar="FILE", help="write a store's rows to a .parquet or .jsonl file")
     parser.add_argument("--store", metavar="NAME", help="the store to verify or export, as --info names it")
@@ -117,7 +119,7 @@ def _prune(root: str, options: argparse.Namespace) -> int:
     from dpo_fast.reference.store.maintenance import prune, stores_in_use
 
     for folder in stores_in_use(root):
-        print(f"in use, left alone: {folder}")
+        print(f"in use, left alone: {folder} (a run has opened it in the last hours and not closed it)")
     removed, size = prune(root, options.prune, options.dry_run)
     for path in removed:
         print(path)

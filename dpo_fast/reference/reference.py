@@ -275,6 +275,8 @@ class Reference:
             table = pa.table({name: [row[name] for row in rows] for name in KEY_COLUMNS if name in rows[0]})
             keys = CompletionKeys.of_table(table)
             run.run(table, keys)
+            while self.store.lost_rows():
+                run.run(table, keys)
             self._check(run.report.known)
             logps = reference_column(keys, self.store, self.column).to_pylist()
         self._wait_for_others()

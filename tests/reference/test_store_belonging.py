@@ -24,7 +24,7 @@ from dpo_fast.reference.store.store import ReferenceStore
 from stores import DESCRIPTION, assert_serves, filled, rows
 
 OTHER = {"weights": "xyz", "dtype": "float32"}
-COUNT, RUNS = 40, 50
+COUNT = 40
 
 
 def without_name(folder: Path, part: Path) -> Path:
@@ -174,7 +174,17 @@ def assert_served_rows_are_mine(store: ReferenceStore) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_row_of_another_store_is_served(tmp_path, templates, caplog, way):
-    for number in range(RUNS):
+    try_way(tmp_path, templates, caplog, way, range(5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_no_row_of_another_store_is_served_in_fifty_runs(tmp_path, templates, caplog, way):
+    try_way(tmp_path, templates, caplog, way, range(50))
+
+
+def try_way(tmp_path, templates, caplog, way, runs) -> None:
+    for number in runs:
         draw, root = random.Random(number), tmp_path / str(number)
         mine, other = (root / "stores" / template.name for template in templates[:2])
         shutil.copytree(templates[0].parent, root / "stores")
@@ -191,7 +201,7 @@ def test_no_row_of_another_store_is_served(tmp_path, templates, caplog, way):
             store.refresh()
         assert_served_rows_are_mine(store)
         aside = copied - {path.name for path in parts(mine)}
-        assert aside or (number % 5 == 4) or way is index_of_before, "what is not mine is set aside"
+        assert aside or number % 5 == 4, "what is not mine is set aside"
         warnings = [record for record in caplog.records[way_warnings:] if "set aside" in record.getMessage()]
         assert len(warnings) <= 1 + (number % 5 == 4), "in one warning"
         if number % 10 < 2:
@@ -200,7 +210,7 @@ def test_no_row_of_another_store_is_served(tmp_path, templates, caplog, way):
             assert_serves(ReferenceStore(mine.parent, DESCRIPTION), COUNT)
             report = verify(mine)
             assert (report.damaged, report.missing, report.unnamed) == ((), (), ())
-        if other.exists() and way is not link_part:
+        if other.exists():
             assert verify(other).rows == COUNT, "the other store is as before"
         shutil.rmtree(root)
 

@@ -400,7 +400,7 @@ class ReferenceStore:
         """
         try:
             self._files.make()
-            discard(self._files, write_bytes(self._files, f"{WRITING}probe-{os.getpid()}", b""))
+            discard(self._files, write_bytes(self._files, f"{WRITING}probe-{os.getpid()}", bytes(1 << 16)))
         except UNWRITABLE as error:
             if lacking := len(np.unique(keys[~self.lookup(keys)[0]], axis=0)):
                 raise unwritable(self._files, error, lacking) from error
