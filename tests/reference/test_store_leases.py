@@ -182,6 +182,11 @@ def test_the_mark_of_a_prune_that_was_killed_delays_nobody_for_long(tmp_path, mo
     began = time.monotonic()
     assert_serves(ReferenceStore(tmp_path, DESCRIPTION), 10)
     assert 0.2 < time.monotonic() - began < 5
+    monkeypatch.undo()
+    age(str(folder.url), f"{PRUNING}killed", HOURS_AGO)
+    began = time.monotonic()
+    assert_serves(ReferenceStore(tmp_path, DESCRIPTION), 10)
+    assert time.monotonic() - began < 30, "an old one delays nobody"
 
 
 def take_away(store: ReferenceStore, what: str) -> None:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import xxhash
 
 from dpo_fast.errors import InputError
-from dpo_fast.reference.store.files import Folder, discard, is_index
+from dpo_fast.reference.store.files import File, Folder, discard, is_index
 from dpo_fast.reference.store.parts import (
     COLUMNS,
     MAX_BITS,
@@ -165,10 +165,14 @@ def write_index(folder: Folder, parts: Sequence[IndexedPart], old: Index | None,
     return folder.write(fill)
 
 
-def best_index(folder: Folder) -> Index | None:
-    """The index that covers most parts, none of them gone, or else the newest; those that it covers are removed."""
+def best_index(folder: Folder, files: dict[str, File] | None = None) -> Index | None:
+    """The index that covers most parts, none of them gone, or else the newest; those that it covers are removed.
+
+    Args:
+        files: what a recent listing of the folder says.
+    """
     indices = []
-    files = folder.list()
+    files = folder.list() if files is None else files
     for name in sorted(filter(is_index, files), key=lambda name: (files[name].modified or 0.0, name)):
         try:
             index = open_index(folder, name)

@@ -17,7 +17,7 @@ import time
 import uuid
 from contextlib import suppress
 
-from dpo_fast.reference.store.files import PRUNING, UNWRITABLE, Folder
+from dpo_fast.reference.store.files import PRUNING, UNWRITABLE, File, Folder
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,11 @@ def remove_expired(root: Folder) -> None:
 
 def wait_for_prune(folder: Folder) -> None:
     """Wait until nobody removes files of a folder whose lease was taken."""
-    marks: dict = {}
+    marks: dict[str, File] = {}
     since = time.monotonic()
     while now := {name: file for name, file in folder.list().items() if name.startswith(PRUNING)}:
+        if all(_expired(file.modified) for file in now.values()):  # of prunes that were killed
+            return
         if now != marks:
             marks, since = now, time.monotonic()
         elif time.monotonic() - since > PATIENCE:

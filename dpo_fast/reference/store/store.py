@@ -134,7 +134,7 @@ class ReferenceStore:
         for name, file in files.items():
             if is_stale(name, file):
                 discard(self._files, name)
-        self._start_from(best_index(self._files))
+        self._start_from(best_index(self._files, files))
         self._update_index(*self._new_rows())
         self._describe(files)
 
