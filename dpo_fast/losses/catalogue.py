@@ -115,7 +115,7 @@ class LossParameters:
 
 # What a number must be; its lower bound, whether that is allowed, and what it must stay below.
 _RANGES = {
-    "beta": ("be a finite number above 0; 0.1 is the usual choice", 0, False, math.inf),
+    "beta": ("be a finite number above 0, from 1e-15 to 1e15; 0.1 is the usual choice", 1e-15, True, 1e15),  # fp32
     "label_smoothing": (
         "lie in [0, 0.5): it is the share of flipped labels; use 0 for labels that are right",
         0,

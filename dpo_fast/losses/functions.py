@@ -19,41 +19,53 @@ from torch import Tensor
 
 from dpo_fast.losses.catalogue import Comparisons, LossParameters, loss
 
+_LARGEST = 80.0  # exponent; fp32 ends at e^88.7, and a batch adds up many
 
-def divergence_score(ratio: Tensor, p: LossParameters) -> Tensor:
+
+def divergence_score(ratio: Tensor, p: LossParameters, largest: float | Tensor | None = None) -> Tensor:
     """s = f'(e^r) of f-DPO (arXiv 2309.16240), shifted so that r = 0 scores 0.
 
     Reverse KL: r. Forward KL: 1 − e^{−r}. Jensen-Shannon: ln 2 + log σ(r). α: (e^{(α−1)r} − 1)/(α − 1).
+
+    Args:
+        largest: log |s| from which s is flat, so that the loss stays finite in fp32; None for where βs does.
     """
+    largest = _largest(p) if largest is None else largest
     if p.f_divergence_type == "forward_kl":
-        return 1 - _bounded_exp(-ratio)
+        return 1 - _bounded_exp(-ratio, largest)
     if p.f_divergence_type == "js_divergence":
         return math.log(2) + F.logsigmoid(ratio)
     power = p.f_alpha_divergence_coef - 1
     if p.f_divergence_type == "alpha_divergence" and abs(power) >= 1e-6:
-        return (_bounded_exp(power * ratio) - 1) / power
+        return (_bounded_exp(power * ratio, largest + math.log(min(abs(power), 1.0))) - 1) / power
     return ratio
 
 
-def _bounded_exp(x: Tensor) -> Tensor:
-    """e^x, flat above 80, where fp32 would soon overflow."""
-    return torch.exp(x.clamp(max=80))
+def _largest(p: LossParameters) -> float | Tensor:
+    """Return log |s| from which βs would soon overflow; a β below 1 gives no more room."""
+    log_beta = p.beta.detach().log().clamp(min=0) if isinstance(p.beta, Tensor) else max(0.0, math.log(p.beta))
+    return _LARGEST - log_beta
 
 
-def _delta(c: Comparisons, p: LossParameters) -> Tensor:
-    return divergence_score(c.winner_ratios, p) - divergence_score(c.loser_ratios, p)
+def _bounded_exp(x: Tensor, largest: float | Tensor = _LARGEST) -> Tensor:
+    """e^x, flat above `largest`."""
+    return torch.exp(x.clamp(max=largest))
 
 
-def _logits(c: Comparisons, p: LossParameters) -> Tensor:
+def _delta(c: Comparisons, p: LossParameters, largest: float | Tensor | None = None) -> Tensor:
+    return divergence_score(c.winner_ratios, p, largest) - divergence_score(c.loser_ratios, p, largest)
+
+
+def _logits(c: Comparisons, p: LossParameters, largest: float | Tensor | None = None) -> Tensor:
     """βΔ, less the margin that the comparison should have (ODPO, arXiv 2402.10571, eq. 8)."""
-    logits = p.beta * _delta(c, p)
+    logits = p.beta * _delta(c, p, largest)
     return logits if c.offsets is None else logits - c.offsets
 
 
-def _mean_delta(c: Comparisons, p: LossParameters) -> Tensor:
+def _mean_delta(c: Comparisons, p: LossParameters, largest: float | Tensor | None = None) -> Tensor:
     """s_w/n_w − s_l/n_l."""
-    winners = divergence_score(c.winner_ratios, p) / c.winner_lengths.clamp(min=1)
-    return winners - divergence_score(c.loser_ratios, p) / c.loser_lengths.clamp(min=1)
+    winners = divergence_score(c.winner_ratios, p, largest) / c.winner_lengths.clamp(min=1)
+    return winners - divergence_score(c.loser_ratios, p, largest) / c.loser_lengths.clamp(min=1)
 
 
 def _smoothed_logistic(logits: Tensor, p: LossParameters) -> Tensor:
@@ -82,7 +94,7 @@ def hinge(c: Comparisons, p: LossParameters) -> Tensor:
 @loss(lengths=True)
 def ipo(c: Comparisons, p: LossParameters) -> Tensor:
     """IPO (arXiv 2310.12036, eq. 17), averaged over tokens: (s_w/n_w − s_l/n_l − 1/(2β))²."""
-    return (_mean_delta(c, p) - 1 / (2 * p.beta)) ** 2
+    return (_mean_delta(c, p, _LARGEST / 2) - 1 / (2 * p.beta)) ** 2
 
 
 @loss(label_smoothing=True, offsets=True)
@@ -96,7 +108,7 @@ def exo_pair(c: Comparisons, p: LossParameters) -> Tensor:
 @loss(label_smoothing=True, offsets=True)
 def robust(c: Comparisons, p: LossParameters) -> Tensor:
     """Robust DPO (arXiv 2403.00409): [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), unbiased under flips."""
-    logits = _logits(c, p)
+    logits = _logits(c, p, _largest(p) + math.log(1 - 2 * p.label_smoothing))
     clean, flipped = -(1 - p.label_smoothing) * F.logsigmoid(logits), p.label_smoothing * F.logsigmoid(-logits)
     return (clean + flipped) / (1 - 2 * p.label_smoothing)
 
@@ -119,7 +131,8 @@ def bco_pair(c: Comparisons, p: LossParameters) -> Tensor:
 def sppo_hard(c: Comparisons, p: LossParameters) -> Tensor:
     """SPPO with hard labels (arXiv 2405.00675, eq. 4.7 with P = 1 and 0): (s_w − 1/(2β))² + (s_l + 1/(2β))²."""
     target = 0.5 / p.beta
-    return (divergence_score(c.winner_ratios, p) - target) ** 2 + (divergence_score(c.loser_ratios, p) + target) ** 2
+    winner, loser = (divergence_score(ratios, p, _LARGEST / 2) for ratios in (c.winner_ratios, c.loser_ratios))
+    return (winner - target) ** 2 + (loser + target) ** 2
 
 
 @loss()
@@ -141,7 +154,7 @@ def apo_down(c: Comparisons, p: LossParameters) -> Tensor:
 @loss(offsets=True)
 def discopop(c: Comparisons, p: LossParameters) -> Tensor:
     """DiscoPOP (arXiv 2406.08414, eq. 5): −log σ(x)(1 − m) + e^{−x} m, with x = βΔ and m = σ(x/τ)."""
-    logits = _logits(c, p)
+    logits = _logits(c, p, _largest(p) + math.log(min(p.discopop_tau, 1.0)))
     share = torch.sigmoid(logits / p.discopop_tau)
     return -F.logsigmoid(logits) * (1 - share) + _bounded_exp(-logits) * share
 
@@ -169,7 +182,7 @@ def beta_dpo(c: Comparisons, p: LossParameters) -> Tensor:
     M is the step's mean of βΔ, without gradient, and M₀ that of the steps before. β′ is kept above β/100, as a step far
     below M₀ would turn the preference around. It couples the whole step.
     """
-    delta = _delta(c, p)
+    delta = _delta(c, p, _largest(p) - (_LARGEST + math.log(max(p.beta_dpo_alpha, 1.0))) / 2)  # it is squared
     margins = p.beta * delta.detach()
     weights = torch.ones_like(margins) if c.weights is None else c.weights.to(margins.dtype)
     excess = (margins * weights).sum() / weights.sum() - (0.0 if c.mean_margin is None else c.mean_margin)
