@@ -13,7 +13,7 @@ import sys
 from dpo_fast.commands.flags import CommandParser
 from dpo_fast.commands.streams import Stopped, keep_output_going, stopped_by_signals
 from dpo_fast.config.types import nearest
-from dpo_fast.errors import InputError
+from dpo_fast.errors import InputError, TrainingDiverged
 
 COMMANDS = {
     "train": "train a model on preferences; flags are those of `trl dpo`",
@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         _say(f"error: {error}")
         return 2
+    except TrainingDiverged as error:
+        _say(f"error: {error}")
+        return 1
     except Stopped as stopped:
         _say(str(stopped))
         return 128 + stopped.number

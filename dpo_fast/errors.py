@@ -83,3 +83,17 @@ def check_writable(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{argument}={str(path)!r} cannot be written: {error}; {cure}") from error
+
+
+class TrainingDiverged(RuntimeError):
+    """Losses or weights are no longer finite, and training ended; the message says since when, why and what to do.
+
+    Attributes:
+        step: the optimizer step in which it was seen first.
+        first: what was not finite first: "loss", "gradient norm" or "weights".
+        checkpoint: folder of the last one with finite weights; None for none.
+    """
+
+    def __init__(self, message: str, *, step: int, first: str, checkpoint: str | None) -> None:
+        super().__init__(message)
+        self.step, self.first, self.checkpoint = step, first, checkpoint

@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -57,6 +56,7 @@ from dpo_fast.training.activation_memory import activations_fit, largest_pack
 from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.training.datasets import PreferenceDatasets, check_datasets, map_datasets
+from dpo_fast.training.divergence import FiniteTrainer
 from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
@@ -71,7 +71,7 @@ from dpo_fast_kernels import SequenceLoss
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(FiniteTrainer):
     """Trains a causal language model on preferences, with the parameters of TRL's trainer.
 
     Args:
@@ -488,6 +488,7 @@ class DPOTrainer(Trainer):
         """Leave it to `_count_tokens`; for `include_num_input_tokens_seen`."""
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        self.end_if_diverged(weights=True)
         reopen_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
         self._count_tokens()  # gathers: no rank writes before the folder is reopened
         if self._running_margin is not None:

@@ -36,7 +36,8 @@ class RunningMargin:
 
     def end_step(self, sum_over_ranks=lambda share: share) -> None:
         """Closes the step: its mean moves the running one."""
-        self.mean.lerp_(sum_over_ranks(self._step), 1 - DECAY)
+        step = sum_over_ranks(self._step)
+        self.mean.lerp_(torch.where(step.isfinite(), step, self.mean), 1 - DECAY)  # one bad step does not stay
         self._step.zero_()
 
     def save(self, state: TrainerState) -> None:
