@@ -65,6 +65,10 @@ class FiniteTrainer(Trainer):
             output = super().train(*args, **kwargs)
             self.end_if_diverged(weights=True, final=True)
             return output
+        except RuntimeError as error:
+            if "without overflow" not in str(error):  # what PyTorch's optimizers say of a step that fp32 cannot hold
+                raise
+            raise self._diverged("weights", self.state.global_step + 1) from error
         finally:
             self._watch = None
 
@@ -246,7 +250,7 @@ def refuse_unless_finite(model: nn.Module, accelerator: Accelerator) -> None:
 
 def _own_part(parameter: nn.Parameter) -> Tensor | None:
     """Return what this rank holds of a weight that is trained; None for nothing."""
-    if not parameter.requires_grad:
+    if not (parameter.requires_grad and parameter.is_floating_point()):
         return None
     part = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3 keeps its part aside
     part = part.to_local() if hasattr(part, "to_local") else part

@@ -101,7 +101,7 @@ def test_the_derivative_has_the_sign_of_the_exact_one_or_is_zero(name, divergenc
     bounded = functions._bounded_exp
     grid = [list(column) for column in zip(*itertools.product(ratios, ratios), strict=True)]
     step = uses(name, "step")
-    for beta in BETAS:
+    for beta in (1e-8, 0.1, 100.0):
         p = parameters(name, beta, divergence)
         sides = []
         for dtype in (torch.float32, torch.float64):

@@ -44,6 +44,7 @@ def scored(*scores: float) -> dict:
 FP16, BF16 = {"model": {"dtype": torch.float16}}, {"model": {"dtype": torch.bfloat16}}
 QUICK = {
     "rate 1e30": {"learning_rate": 1e30},
+    "rate 1e38": {"learning_rate": 1e38},
     "rate 1e30, unclipped": {"learning_rate": 1e30, "max_grad_norm": 0.0},
     "beta 1e6, sppo_hard, forward KL": {"beta": 1e6, "loss_type": ["sppo_hard"], "f_divergence_type": "forward_kl"},
     "weight decay 1e3": {"weight_decay": 1e3, "learning_rate": 1.0},
