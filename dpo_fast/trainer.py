@@ -50,8 +50,7 @@ from dpo_fast.model.noise import noisy_embeddings
 from dpo_fast.model.policy import prepare_policy, settle_layout
 from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.compute import Shard
-from dpo_fast.reference.fingerprint import weights_fingerprint
-from dpo_fast.reference.reference import Fingerprint, Reference, weights_memo
+from dpo_fast.reference.reference import Reference
 from dpo_fast.training.activation_memory import activations_fit, largest_pack
 from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
@@ -126,9 +125,6 @@ class DPOTrainer(FiniteTrainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         set_seed(args.seed)  # adapters are initialised at random
-        fingerprint = weights_memo(model, args.model_init_kwargs, quantization_config, peft_config is not None)
-        if args.allow_missing_weights:
-            fingerprint = weights_fingerprint  # random weights are not those of another run with the same files
         given, model = model, load_model(model, args, quantization_config)
         check_layer_kernels(model, args)
         if optimizers == (None, None) and not args.deepspeed:
@@ -155,8 +151,6 @@ class DPOTrainer(FiniteTrainer):
         if ref_model is not None:
             check_reference(ref_model, self._datasets.vocab_size)
         model, adapters = prepare_policy(model, ref_model, peft_config, args, needs_reference)
-        if peft_config is not None and adapters:
-            fingerprint = weights_fingerprint  # the reference's weights are not those of the model's files
         self._aux_loss_weight = aux_loss_weight(base_of(model), args.router_aux_loss_coef)
 
         super().__init__(
@@ -206,7 +200,7 @@ class DPOTrainer(FiniteTrainer):
         self.model.add_model_tags(self._tag_names)
 
         if needs_reference:
-            self._datasets.reference = self._make_reference(ref_model, fingerprint, adapters)
+            self._datasets.reference = self._make_reference(ref_model, adapters)
         self.train_dataset = self._datasets.with_reference(self.train_dataset, "train")
         self.eval_dataset = map_datasets(self.eval_dataset, self._datasets.with_reference)
         self._datasets.settle_reference()
@@ -221,10 +215,10 @@ class DPOTrainer(FiniteTrainer):
         """What became of the rows, by name of the dataset."""
         return self._datasets.summaries
 
-    def _make_reference(self, ref_model: PreTrainedModel | None, fingerprint: Fingerprint, adapters: bool) -> Reference:
+    def _make_reference(self, ref_model: PreTrainedModel | None, adapters: bool) -> Reference:
         model = self.model
         if ref_model is not None:
-            model, adapters, fingerprint = ref_model, True, weights_fingerprint
+            model, adapters = ref_model, True
         return Reference(
             model,
             self.accelerator,
@@ -233,7 +227,6 @@ class DPOTrainer(FiniteTrainer):
             column="ref_token_logps" if self.args.splits_completions else "ref_logps",
             root=self.args.reference_cache_dir,
             max_tokens=self.args.max_tokens_per_micro_batch,
-            fingerprint=fingerprint,
             shard=self._shard,
         )
 

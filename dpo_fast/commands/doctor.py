@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def report(model: str | None = None) -> int:
     missing = [name for name in REQUIRED if _version(name) is None]
     console.print(_versions())
     table = Table("what", "answer", "why")
-    for row in [*_devices(), *_caches(), *_backends(model)]:
+    for row in [*_devices(), *_caches(), _hash(), *_backends(model)]:
         table.add_row(*row)
     console.print(table)
     for name in missing:
@@ -116,6 +117,23 @@ def _caches() -> list[tuple[str, str, str]]:
         ("reference store", str(cache_dir()), "change it with --reference_cache_dir or DPO_FAST_CACHE"),
         ("Hub cache", str(HF_HUB_CACHE), "change it with HF_HOME"),
     ]
+
+
+def _hash() -> tuple[str, str, str]:
+    """What hashes weights on the host, and how fast: 256 MB of them."""
+    from dpo_fast.reference.lanes import Piece, compiled_fold, fold_all
+
+    weights = torch.ones(2**27, dtype=torch.bfloat16)
+    began = time.perf_counter()
+    fold_all([Piece(weights, [0], weights.shape)])
+    rate = f"{weights.nbytes / 1e9 / (time.perf_counter() - began):.1f} GB/s"
+    if compiled_fold() is None:
+        return (
+            "hash of weights",
+            f"PyTorch, {rate}",
+            "lanes.c was not compiled: install a C compiler, then dpo_fast again",
+        )
+    return "hash of weights", f"compiled, {rate}", "of 256 MB in the host's memory; a GPU hashes what lies on it"
 
 
 def _backends(name: str | None) -> list[tuple[str, str, str]]:

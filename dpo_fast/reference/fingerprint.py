@@ -1,30 +1,21 @@
 """What reference log-probs depend on besides tokens: the model's weights, hashed, and what is computed with them.
 
-A tensor is hashed where it lies. Its raw bits are read as words v of at most 32 bits, and a lane is the sum
-
-    Σ_i v_i · k(i)  mod 2^64,    k(i) = t(i mod 2^20) · m(i div 2^20),    t, m odd and pseudo-random (splitmix64),
-
-over the words' positions i in the whole tensor; there are two lanes with numbers of their own. Sums do not care for
-order, so they are the same on every device, and those of a tensor's pieces add up to the tensor's, however it is
-sharded. Names, shapes, dtypes and sums then go through blake2b on the host.
-
-When do two tensors collide? An odd k is invertible, so a change of any one word changes both lanes. Changes d_1, d_2, …
-of several words have to cancel in Σ d·k. As |d| < 2^32 while sums have 64 bits, even the worst (sign bits: d = ±2^31)
-leaves 32 random bits of Σ ±k: a chance of 2^-32 in a lane, which the factors m may raise to 2^-27, so at most 2^-54 in
-both; changed low bits leave more. This guards against mistakes: who knows the numbers can construct a collision.
+The weights are hashed as they lie in memory. Their files say less: they may be replaced after loading, or lack a layer.
+A tensor's bits are summed where it lies (`lanes.py`). Names, shapes, dtypes and sums then go through blake2b.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,136 +29,51 @@ from dpo_fast.model.adapters import base_of
 from dpo_fast.model.frequencies import frequency_limit
 from dpo_fast.model.head import read_head
 from dpo_fast.model.layer_kernels import computed_by
+from dpo_fast.reference.lanes import Piece, fold_all, table
+
+logger = logging.getLogger(__name__)
 
 STORE_VERSION = 3  # of the description below and of the keys, and so of every store that is found by it
-
-LANES = 2
-BLOCK = 2**20  # entries of the table
-# Words a step: temporaries are 16 bytes a word, a core's cache on the CPU and 64 MiB elsewhere.
-CPU_CHUNK, DEVICE_CHUNK = 2**16, 2**22
 
 # Where PEFT's wrappers keep the module that they wrap, and what else lies on the way to it.
 _ORIGINALS = ("base_layer", "original_module")
 _ON_THE_WAY = (*_ORIGINALS, "token_adapter")
 
 
-def _odd_numbers(first: int, count: int) -> np.ndarray:
-    """Outputs first … first + count − 1 of splitmix64 with seed 0, made odd; int64 [count]."""
-    z = (np.arange(count, dtype=np.uint64) + np.uint64(first + 1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+class _Weight(NamedTuple):
+    """A tensor, or this process's piece of it.
 
-
-@functools.cache
-def _table(device: torch.device) -> Tensor:  # [LANES, BLOCK]
-    return torch.from_numpy(_odd_numbers(0, LANES * BLOCK)).view(LANES, BLOCK).to(device)
-
-
-def _multipliers(first: int, last: int, device: torch.device) -> Tensor:  # [LANES, last − first + 1]
-    """The factors m of blocks first … last; their numbers follow those of the table."""
-    numbers = _odd_numbers(LANES * (BLOCK + first), LANES * (last - first + 1))
-    return torch.from_numpy(numbers).view(-1, LANES).T.to(device)
-
-
-def fold(local: Tensor, offsets: Sequence[int], global_shape: Sequence[int]) -> Tensor:
-    """The lanes of a rectangular piece of a tensor, int64 [LANES] on its device; all pieces' add up to the whole's.
-
-    Args:
-        local: the piece, of any dtype and strides.
-        offsets: where it begins in the whole tensor, an index a dimension.
-        global_shape: of the whole tensor.
+    Attributes:
+        shape: of the whole tensor.
+        lanes: the sums of a tensor that is not there any more; else `piece` is to be summed.
+        device: where the sums of the ranks are added up.
+        groups: the ranks to add up over, in turn.
     """
-    local = local.detach()
-    chunk = CPU_CHUNK if local.device.type == "cpu" else DEVICE_CHUNK
-    if local.numel() == 0:
-        return torch.zeros(LANES, dtype=torch.int64, device=local.device)
-    if not local.is_contiguous():
-        if local.numel() <= chunk:
-            return fold(local.contiguous(), offsets, global_shape)
-        split = next(dim for dim, size in enumerate(local.shape) if size > 1)
-        half = local.shape[split] // 2
-        after = [offset + half * (dim == split) for dim, offset in enumerate(offsets)]
-        first, second = local.tensor_split([half], split)
-        return fold(first, offsets, global_shape) + fold(second, after, global_shape)
-    words = local.reshape(-1).view({1: torch.uint8, 2: torch.int16}.get(local.itemsize, torch.int32))
-    per_element = words.numel() // local.numel()
-    shape, whole = [*local.shape, per_element], [*global_shape, per_element]
-    strides = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]
-    start = sum(offset * stride for offset, stride in zip(offsets, strides, strict=False))
-    # The piece is rows of consecutive words: it spans the dimensions after `split` entirely.
-    split = max((dim for dim, size in enumerate(shape) if size != whole[dim]), default=0)
-    if math.prod(shape[:split]) == 1:
-        return _fold_row(words, start, chunk)
-    starts = torch.tensor([start], device=words.device)
-    for size, stride in zip(shape[:split], strides, strict=False):
-        starts = (starts[:, None] + stride * torch.arange(size, device=words.device)).reshape(-1)
-    last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return _fold_rows(words, starts, (start, last), chunk)
+
+    shape: tuple[int, ...]
+    piece: Piece | None = None
+    lanes: Tensor | None = None
+    device: str | torch.device | None = None
+    groups: tuple[dist.ProcessGroup, ...] = ()
 
 
-def _fold_row(
-    words: Tensor,  # [n], consecutive
-    start: int,
-    chunk: int,
-) -> Tensor:
-    table, block = _table(words.device), start // BLOCK
-    multipliers = _multipliers(block, (start + words.numel() - 1) // BLOCK, words.device)
-    sums = torch.zeros(LANES, dtype=torch.int64, device=words.device)
-    position, end = start, start + words.numel()
-    while position < end:
-        column = position % BLOCK
-        count = min(end - position, BLOCK - column, chunk)
-        rows = 1
-        if count == BLOCK:
-            rows = min(end - position, chunk) // BLOCK
-        values = words[position - start :][: rows * count].view(rows, count).to(torch.int64)
-        row = position // BLOCK - block
-        for lane in range(LANES):
-            row_sums = (values * table[lane, column : column + count]).sum(1)
-            sums[lane] += (row_sums * multipliers[lane, row : row + rows]).sum()
-        position += rows * count
-    return sums
-
-
-def _fold_rows(
-    words: Tensor,  # [rows · n]
-    starts: Tensor,  # [rows], the position of each row's first word
-    ends: tuple[int, int],  # positions of the first and the last word
-    chunk: int,
-) -> Tensor:
-    table, block = _table(words.device), ends[0] // BLOCK
-    multipliers = _multipliers(block, ends[1] // BLOCK, words.device)
-    sums = torch.zeros(LANES, dtype=torch.int64, device=words.device)
-    length = words.numel() // starts.numel()
-    chunk //= 4  # there are more temporaries: positions and keys
-    for begin in range(0, words.numel(), chunk):
-        values = words[begin : begin + chunk].to(torch.int64)
-        index = torch.arange(begin, begin + values.numel(), device=words.device)
-        positions = starts[index // length] + index % length
-        column, row = positions % BLOCK, positions // BLOCK - block
-        for lane in range(LANES):
-            sums[lane] += (values * table[lane, column] * multipliers[lane, row]).sum()
-    return sums
-
-
-def _lanes(tensor: Tensor) -> tuple[tuple[int, ...], Tensor, tuple[dist.ProcessGroup, ...]]:
-    """Shape of the whole tensor, lanes of what this process has of it, and the groups to sum them over, in turn."""
+def _weight(tensor: Tensor) -> _Weight:
+    shape, whole = tuple(tensor.shape), [0] * tensor.ndim
     if hasattr(tensor, "ds_id"):  # ZeRO-3: empty outside its module's forward
         from deepspeed import zero
 
         with zero.GatheredParameters([tensor]):
-            return tuple(tensor.shape), fold(tensor.data, [0] * tensor.ndim, tensor.shape), ()
-    shape, whole = tuple(tensor.shape), [0] * tensor.ndim
+            shape, whole = tuple(tensor.shape), [0] * tensor.ndim
+            return _Weight(shape, lanes=fold_all([Piece(tensor.data, whole, shape)])[0])
     if not isinstance(tensor, DTensor):
-        return shape, fold(tensor, whole, shape), ()
+        return _Weight(shape, Piece(tensor.detach(), whole, shape))
     mesh, placements = tensor.device_mesh, tensor.placements
-    if not all(type(placement) in (Shard, Replicate) for placement in placements):
-        return shape, fold(tensor.full_tensor(), whole, shape), ()  # strided shards are not rectangular
+    if not all(type(placement) in (Shard, Replicate) for placement in placements):  # strided shards: not rectangular
+        return _Weight(shape, lanes=fold_all([Piece(tensor.full_tensor(), whole, shape)])[0])
     # Each group of a sharded dimension has the tensor once: replicas are not summed over.
     groups = tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
     _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return shape, fold(tensor.to_local(), offsets, shape).to(mesh.device_type), groups
+    return _Weight(shape, Piece(tensor.to_local(), offsets, shape), device=mesh.device_type, groups=groups)
 
 
 def weights_fingerprint(model: nn.Module, adapters: bool) -> str:
@@ -181,29 +87,38 @@ def weights_fingerprint(model: nn.Module, adapters: bool) -> str:
     Raises:
         ValueError: a weight has no content, or an adapter that does not count is merged into the weights.
     """
-    weights = sorted(_named_weights(model, adapters), key=lambda weight: weight[0])
-    shapes: dict[int, tuple[int, ...]] = {}  # by the tensor's id: tied weights have several names
-    sums: dict[int, Tensor] = {}
-    sharded: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
-    for name, tensor in weights:
+    began = time.perf_counter()
+    tensors = sorted(_named_weights(model, adapters), key=lambda weight: weight[0])
+    weights: dict[int, _Weight] = {}  # by the tensor's id: tied weights have several names
+    for name, tensor in tensors:
         if tensor.is_meta:
             raise InputError(
                 f"model has {name!r} on the meta device, without content; load it without offloading by device_map"
             )
-        if id(tensor) not in sums:
-            shapes[id(tensor)], sums[id(tensor)], groups = _lanes(tensor)
-            if groups:
-                sharded.setdefault(groups, []).append(id(tensor))
-    _table.cache_clear()
+        if id(tensor) not in weights:
+            weights[id(tensor)] = _weight(tensor)
+    pieces = {key: weight.piece for key, weight in weights.items() if weight.piece is not None}
+    sums = {key: weight.lanes for key, weight in weights.items()}
+    sums |= zip(pieces, fold_all([*pieces.values()]), strict=True)
+    table.cache_clear()
+    sharded: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+    for key, weight in weights.items():
+        if weight.groups:
+            sharded.setdefault(weight.groups, []).append(key)
     for groups, keys in sharded.items():
-        total = torch.stack([sums[key] for key in keys])
+        total = torch.stack([sums[key].to(weights[key].device) for key in keys])
         for group in groups:
             dist.all_reduce(total, group=group)
         sums.update(zip(keys, total, strict=True))
     device = next(iter(sums.values())).device
     numbers = torch.stack([lanes.to(device) for lanes in sums.values()]).tolist()  # the one wait for the device
     lanes = dict(zip(sums, numbers, strict=True))
-    return digest_of([[name, shapes[id(tensor)], str(tensor.dtype), lanes[id(tensor)]] for name, tensor in weights])
+    size = sum(piece.local.nbytes for piece in pieces.values()) / 1e9
+    seconds = time.perf_counter() - began
+    logger.info("hashed %.2f GB of weights in %.2f s, %.1f GB/s", size, seconds, size / seconds)
+    return digest_of(
+        [[name, weights[id(tensor)].shape, str(tensor.dtype), lanes[id(tensor)]] for name, tensor in tensors]
+    )
 
 
 def digest_of(content: object) -> str:
@@ -297,7 +212,6 @@ def reference_description(
     adapters: bool,
     dtype: torch.dtype,
     attention: str,
-    weights: str | None = None,
 ) -> dict[str, object]:
     """Everything that reference log-probs depend on besides the tokens, in JSON's types, and nothing else.
 
@@ -306,7 +220,6 @@ def reference_description(
         adapters: whether PEFT's active adapters count.
         dtype: of the computation.
         attention: names the layout and the backend of the attention.
-        weights: the fingerprint of the weights, where it is known.
     """
     base = base_of(model)
     config = base.config.get_text_config()
@@ -315,7 +228,7 @@ def reference_description(
     description = {
         "version": STORE_VERSION,
         "architecture": architecture.__name__,
-        "weights": weights_fingerprint(model, adapters) if weights is None else weights,
+        "weights": weights_fingerprint(model, adapters),
         "logits": "the model's own" if form is None else asdict(form.transform),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,

@@ -14,8 +14,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -42,40 +41,13 @@ from dpo_fast.model.engines import (
 from dpo_fast.model.probes import probe_groups
 from dpo_fast.reference.audit import audit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
-from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
-from dpo_fast.reference.fingerprint_memo import FingerprintMemo, fingerprint_of_checkpoint
+from dpo_fast.reference.fingerprint import reference_description
 from dpo_fast.reference.store.keys import CompletionKeys
 from dpo_fast.reference.store.store import ReferenceStore
 from dpo_fast_kernels import attention_backend
 from dpo_fast_kernels.attention.flash_implementations import active_flash_implementation
 
 logger = logging.getLogger(__name__)
-
-Fingerprint = Callable[[nn.Module, bool], str]  # of a model's weights, with or without its adapters
-
-
-def weights_memo(
-    model: str | nn.Module, options: Mapping[str, object] | None, quantization_config: object, new_adapter: bool
-) -> Fingerprint:
-    """How to fingerprint the model that `model` is about to be loaded as: from memory, if its files are unchanged.
-
-    Only a whole model in a local folder is remembered; what somebody has loaded may have been changed since.
-    """
-    if not isinstance(model, str) or Path(model, "adapter_config.json").exists():
-        return weights_fingerprint
-    load = {
-        "options": repr(options),
-        "quantization": repr(quantization_config),
-        "new_adapter": new_adapter,
-    }
-    memo = FingerprintMemo(cache_dir() / "fingerprints.json")
-
-    def fingerprint(loaded: nn.Module, adapters: bool) -> str:
-        if is_sharded(loaded):  # which takes all ranks, and one of them may remember what another does not
-            return weights_fingerprint(loaded, adapters)
-        return fingerprint_of_checkpoint(model, load, lambda: weights_fingerprint(loaded, adapters), memo)
-
-    return fingerprint
 
 
 def attention_name(layout: Layout, model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
@@ -95,7 +67,6 @@ class Reference:
         column: `ref_logps` of completions, or `ref_token_logps` of all their tokens.
         root: folder, or any path that fsspec knows, of the stores; None for the user's cache folder.
         max_tokens: bound on the packed tokens of a forward pass; unless given 32768 on CUDA, 8192 on other devices.
-        fingerprint: what hashes its weights.
         shard: which prompts to run; None shares them out among the processes of the run.
 
     Attributes:
@@ -112,12 +83,11 @@ class Reference:
         column: Column = "ref_logps",
         root: str | os.PathLike[str] | None = None,
         max_tokens: int | None = None,
-        fingerprint: Fingerprint = weights_fingerprint,
         shard: Shard | None = None,
     ):
         self.model: nn.Module | None = model
         self.column = column
-        self._accelerator, self._fingerprint = accelerator, fingerprint
+        self._accelerator = accelerator
         self._adapters, self._layout = adapters, layout
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
         self._root, self._max_tokens = root or cache_dir() / "reference", max_tokens
@@ -157,7 +127,6 @@ class Reference:
             adapters=self._adapters,
             dtype=self._dtype,
             attention=attention_name(self._layout, self.model, self._accelerator.device, self._dtype),
-            weights=self._fingerprint(self.model, self._adapters),
         )
         if (dtype := dtype_of_engine(self._accelerator)) is not None:
             description["weights_dtype"] = str(dtype).removeprefix("torch.")

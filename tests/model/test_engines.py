@@ -115,15 +115,6 @@ def test_memory_that_runs_out_on_one_of_the_ranks_that_run_together_ends_the_pas
         make_trainer(tmp_path, pairs(4), max_tokens_per_micro_batch=100)
 
 
-def test_what_one_rank_remembers_of_a_sharded_model_is_not_asked(tmp_path, monkeypatch):
-    """The others, which remember nothing, would gather its weights without this one."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(reference_model, "is_sharded", lambda model: True)
-    monkeypatch.setattr(reference_model, "fingerprint_of_checkpoint", lambda *args: pytest.fail("asked its memory"))
-    fingerprint = reference_model.weights_memo(str(tmp_path / "model"), None, None, False)
-    assert fingerprint(tiny_model("llama"), True) == reference_model.weights_fingerprint(tiny_model("llama"), True)
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_the_reference_runs_there_though_the_model_is_not_there_yet(tmp_path):
     """As FSDP and DeepSpeed have it, and full evaluation in half precision."""

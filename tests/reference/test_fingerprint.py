@@ -1,7 +1,7 @@
 """The fingerprint of a model changes with everything that its log-probs depend on, and with nothing else.
 
-It is the formula's, the same however the weights lie in memory and are sharded; an unchanged checkpoint is not read
-again; the description of a reference is the same for a model built twice, saved and loaded, wrapped or sharded.
+It is the formula's, the same however the weights lie in memory and are sharded; the description of a reference is the
+same for a model built twice, saved and loaded, wrapped or sharded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from dpo_fast.reference import fingerprint
-from dpo_fast.reference.fingerprint import fold, weights_fingerprint
+from dpo_fast.reference import fingerprint, lanes
+from dpo_fast.reference.fingerprint import weights_fingerprint
+from dpo_fast.reference.lanes import fold
 from families import FAMILIES, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.int64, torch.float64]
@@ -45,11 +46,11 @@ def whole(tensor: torch.Tensor) -> list[int]:
 def small_blocks(block: int, chunk: int):
     """Tables of `block` numbers and steps of `chunk` words, so that little tensors have many of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fingerprint, "BLOCK", block)
-        patch.setattr(fingerprint, "CPU_CHUNK", chunk)
-        fingerprint._table.cache_clear()
+        patch.setattr(lanes, "BLOCK", block)
+        patch.setattr(lanes, "CPU_CHUNK", chunk)
+        lanes.table.cache_clear()
         yield
-    fingerprint._table.cache_clear()
+    lanes.table.cache_clear()
 
 
 def splitmix(index: int) -> int:
@@ -61,7 +62,7 @@ def splitmix(index: int) -> int:
 
 def test_the_pseudo_random_numbers_are_splitmix64():
     assert splitmix(0) == 0xE220A8397B1DCDAF and splitmix(1) == 0x6E789E6AA1B965F4  # its published outputs for seed 0
-    numbers = fingerprint._odd_numbers(3, 1000).view(np.uint64).tolist()
+    numbers = lanes._odd_numbers(3, 1000).view(np.uint64).tolist()
     assert numbers == [splitmix(3 + i) | 1 for i in range(1000)]
 
 
@@ -168,8 +169,8 @@ def test_names_shapes_dtypes_and_buffers_count():
 
 
 def test_tied_weights_are_hashed_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(fingerprint, "fold", lambda *arguments: calls.append(1) or fold(*arguments))
+    calls, fold_all = [], lanes.fold_all
+    monkeypatch.setattr(fingerprint, "fold_all", lambda pieces: calls.extend(pieces) or fold_all(pieces))
     tied, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(tied.embedding.weight.detach().clone())
     assert weights_fingerprint(tied, True) == weights_fingerprint(untied, True)

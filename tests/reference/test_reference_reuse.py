@@ -146,20 +146,6 @@ def test_numbers_that_are_not_the_references_stop_the_run(filled, monkeypatch):
         make_trainer(filled, ROWS)
 
 
-def test_a_checkpoint_on_disk_is_fingerprinted_once(tmp_path, monkeypatch):
-    from dpo_fast.reference import fingerprint_memo, reference
-
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fingerprint_memo, "SECONDS_TO_SETTLE", -1.0)
-    hashed, original = [], reference.weights_fingerprint
-    monkeypatch.setattr(reference, "weights_fingerprint", lambda *args: hashed.append(args) or original(*args))
-    for _ in range(2):
-        make_trainer(tmp_path, ROWS, model=str(tmp_path / "model"))
-    assert len(hashed) == 1
-    assert computed(tmp_path, model=tiny_model("llama")) == 0, "a loaded model is hashed, and is the same"
-
-
 def on_ranks(folder: str, rows: int) -> None:
     """Every process computes a share of `rows` completions, and all have all in the end."""
     trainer = make_trainer(Path(folder), pairs(40, seed=4))
