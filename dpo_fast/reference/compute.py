@@ -12,12 +12,11 @@ A dataset is gone through in windows, which bounds the memory that the plan take
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,16 +32,15 @@ from dpo_fast.errors import InputError
 from dpo_fast.reference.progress import show_pass
 from dpo_fast.reference.readback import Readback, in_order
 from dpo_fast.reference.store.keys import CompletionKeys, key_array, prompt_keys
+from dpo_fast.reference.store.parts import sequence_logp
 from dpo_fast.reference.store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
 RunReference = Callable[[PackedBatch], Tensor]  # a packed batch on the host → token log-probs [N], without gradient
 Column = Literal["ref_logps", "ref_token_logps"]
-Item = TypeVar("Item")
 
 TOKENS_PER_BATCH = {"cuda": 32768}  # others: 8192
-AUDITED_GROUPS = 4
 
 
 class Shard(NamedTuple):
@@ -62,12 +60,10 @@ class PassReport:
     Attributes:
         completions: different ones per window of the dataset.
         computed: those that the store lacked and this process ran.
-        known: some groups, picked at random, whose log-probs the store had all before.
     """
 
     completions: int = 0
     computed: int = 0
-    known: list[PreferenceGroup] = field(default_factory=list)
 
 
 # ---- the plan ----
@@ -189,7 +185,7 @@ class ReferencePass:
         device: torch.device = torch.device("cpu"),  # noqa: B008 (frozen)
     ):
         self._store, self._score, self._layout, self._shard = store, score, layout, shard
-        self._max_tokens, self._picked = max_tokens or TOKENS_PER_BATCH.get(device.type, 8192), random.Random()
+        self._max_tokens = max_tokens or TOKENS_PER_BATCH.get(device.type, 8192)
         self._pins = device.type == "cuda"
         self.report = PassReport()
 
@@ -217,8 +213,6 @@ class ReferencePass:
         """Runs on some groups that are planned together; with a name, a person sees how far the pass is."""
         found, _, _ = self._store.lookup(keys.values)
         self.report.completions += len(np.unique(keys.values[:, 0]))
-        known = self._some(np.flatnonzero(_whole(keys, found)).tolist())
-        self.report.known = self._some([*self.report.known, *_groups(rows, known)])
         if found.all():
             return
         units = _plan(rows, keys, found, self._layout, self._max_tokens, self._shard)
@@ -230,8 +224,21 @@ class ReferencePass:
                 self.report.computed += len(pieces)
                 have_run(sum(unit.cost for unit in batch))
 
-    def _some(self, items: list[Item]) -> list[Item]:
-        return self._picked.sample(items, min(AUDITED_GROUPS, len(items)))
+    def sums(self, groups: Sequence[PreferenceGroup]) -> np.ndarray:
+        """Runs groups, whatever the store has, and keeps nothing.
+
+        Returns:
+            the log-probs of their completions, fp32, in the order of the groups.
+        """
+        units = [_Unit(group, [], group.num_tokens(self._layout)) for group in groups]
+        order = sorted(range(len(units)), key=lambda number: -units[number].cost)
+        pieces: list[np.ndarray] = []
+        for (_, bounds), logps in in_order(self._scored([units[number] for number in order])):
+            pieces += np.split(logps, bounds)
+        found, of_group = iter(pieces), {}
+        for number in order:
+            of_group[number] = [sequence_logp(next(found)) for _ in groups[number].completion_ids]
+        return np.array([logp for number in range(len(units)) for logp in of_group[number]], np.float32)
 
     def _scored(self, units: list[_Unit]) -> Iterator[tuple[tuple[list[_Unit], list[int]], Readback]]:
         """Yields batches, where their completions end, and their token log-probs; the next is packed meanwhile."""

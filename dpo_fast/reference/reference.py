@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator, DistributedType
@@ -39,7 +40,7 @@ from dpo_fast.model.engines import (
     weights_in,
 )
 from dpo_fast.model.probes import probe_groups
-from dpo_fast.reference.audit import audit
+from dpo_fast.reference.audit import StoreAudit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
 from dpo_fast.reference.fingerprint import reference_description
 from dpo_fast.reference.store.keys import CompletionKeys
@@ -92,7 +93,6 @@ class Reference:
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
         self._root, self._max_tokens = root or cache_dir() / "reference", max_tokens
         self._shard = shard or Shard(accelerator.process_index, accelerator.num_processes)
-        self._audited = False
         self.lasts = hasattr(model, "disable_adapter") and self._keep_copies()
 
     def _keep_copies(self) -> bool:
@@ -173,10 +173,15 @@ class Reference:
         keys, run = CompletionKeys.of_tables(token_tables(dataset)), self._pass()
         self.store.expect_additions(keys.values)
         with on_device(self.model, self._accelerator.device) if self.model else contextlib.nullcontext():
+            if self.model is None:
+                self._audit.warn_of_unaudited(keys)
+            else:
+                self._audit.of_dataset(dataset, keys)
             run.over(dataset, keys, name)
             while self.store.lost_rows():
                 self._pass().over(dataset, keys, name)
-            self._check(run.report.known)
+            if run.report.computed:  # while others may have added the same rows
+                self._audit.of_dataset(dataset, keys)
             self._wait_for_others()
         return keys
 
@@ -207,7 +212,9 @@ class Reference:
         """
         if isinstance(dataset, IterableDataset):
             raise InputError("dataset: the rows of a stream are not known yet; give a dataset")
-        return self._with_stored(dataset, CompletionKeys.of_tables(token_tables(dataset)))
+        keys = CompletionKeys.of_tables(token_tables(dataset))
+        self._audit.warn_of_unaudited(keys)
+        return self._with_stored(dataset, keys)
 
     def _with_stored(self, dataset: Dataset, keys: CompletionKeys) -> Dataset:
         self.store.refresh()
@@ -243,10 +250,10 @@ class Reference:
         if rows:
             table = pa.table({name: [row[name] for row in rows] for name in KEY_COLUMNS if name in rows[0]})
             keys = CompletionKeys.of_table(table)
+            self._audit.of_rows(table, keys)
             run.run(table, keys)
             while self.store.lost_rows():
                 run.run(table, keys)
-            self._check(run.report.known)
             logps = reference_column(keys, self.store, self.column).to_pylist()
         self._wait_for_others()
         return [{**row, self.column: values} for row, values in zip(rows, logps, strict=True)]
@@ -276,7 +283,7 @@ class Reference:
 
     def release(self) -> None:
         """Lets go of the model; the store, which is named after it, stays."""
-        self.store  # noqa: B018 (opened while the model is there)
+        self._audit  # noqa: B018 (it and its store are opened while the model is there)
         self.model = None
 
     def _pass(self, shard: Shard | None = None) -> ReferencePass:
@@ -289,8 +296,9 @@ class Reference:
             device=self._accelerator.device,
         )
 
-    def _check(self, known: Sequence[PreferenceGroup]) -> None:
-        """Recomputes some of what the store had, once a run."""
-        if known and not self._audited:
-            audit(known, self.store, self.score, layout=self._layout, dtype=self._dtype)
-            self._audited = True
+    @functools.cached_property
+    def _audit(self) -> StoreAudit:
+        def run(groups: Sequence[PreferenceGroup]) -> np.ndarray:
+            return self._pass().sums(groups)
+
+        return StoreAudit(self.store, run, layout=self._layout, dtype=self._dtype, shard=self._shard)

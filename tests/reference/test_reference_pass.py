@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from dpo_fast.batches.groups import PreferenceGroup
 from dpo_fast.batches.packing import PackedBatch
 from dpo_fast.data.columns import token_tables
-from dpo_fast.reference.audit import audit
+from dpo_fast.reference.audit import StoreAudit, compare, refuse_wrong
 from dpo_fast.reference.compute import (
     ReferencePass,
     Shard,
@@ -237,6 +238,12 @@ def test_other_errors_of_the_model_pass_through(store):
         run(rows(3), store, broken)
 
 
+def audit(groups: list[PreferenceGroup], store: ReferenceStore, score, dtype: torch.dtype) -> None:
+    run = ReferencePass(store, score, layout="shared").sums
+    groups = [replace(group, comparisons=(), comparison_weights=()) for group in groups]
+    refuse_wrong(compare(groups, store, run, layout="shared", dtype=dtype), store.folder)
+
+
 def some_groups(count: int = 4) -> list[PreferenceGroup]:
     return [PreferenceGroup.from_row(row) for row in rows(count)]
 
@@ -250,12 +257,12 @@ def test_the_audit_allows_rounding_and_nothing_else(store):
             Model(rounding=0.0)(packed) + off + (rounding if len(packed.completion_lengths) > 8 else 0.0)
         )
 
-    audit(some_groups(), store, score(0.0), layout="shared", dtype=torch.float32)
-    audit(some_groups(), store, score(1e-6), layout="shared", dtype=torch.float32)
-    audit(some_groups(), store, score(2e-4, rounding=1e-4), layout="shared", dtype=torch.float32)
+    audit(some_groups(), store, score(0.0), torch.float32)
+    audit(some_groups(), store, score(1e-6), torch.float32)
+    audit(some_groups(), store, score(2e-4, rounding=1e-4), torch.float32)
     for wrong in (score(2e-4), score(0.01, rounding=1e-4), score(float("nan"))):
         with pytest.raises(ValueError, match="holds a reference log-prob of .* Remove the folder"):
-            audit(some_groups(), store, wrong, layout="shared", dtype=torch.float32)
+            audit(some_groups(), store, wrong, torch.float32)
 
 
 def test_the_audit_knows_how_coarse_16_bits_are(store):
@@ -265,10 +272,10 @@ def test_the_audit_knows_how_coarse_16_bits_are(store):
     def score(off: float):
         return lambda packed: Model(rounding=0.0)(packed) + off
 
-    audit(some_groups(), store, score(2e-3), layout="shared", dtype=torch.bfloat16)
+    audit(some_groups(), store, score(2e-3), torch.bfloat16)
     for off, dtype in ((0.1, torch.bfloat16), (2e-3, torch.float32)):
         with pytest.raises(ValueError, match="Remove the folder"):
-            audit(some_groups(), store, score(off), layout="shared", dtype=dtype)
+            audit(some_groups(), store, score(off), dtype)
 
 
 def test_the_audit_runs_few_tokens(store):
@@ -276,17 +283,11 @@ def test_the_audit_runs_few_tokens(store):
         [{"prompt_ids": [1] * n, "completion_ids": [[2] * 9, [3]]} for n in (300, 400, 100, 350)]
     )
     run(dataset, store, Model(rounding=0.0))
-    model = Model(rounding=0.0)
-    audit([PreferenceGroup.from_row(row) for row in dataset], store, model, layout="shared", dtype=torch.float32)
+    store, model = ReferenceStore(store.folder.rpartition("/")[0], {"model": "of a test"}), Model(rounding=0.0)
+    score = ReferencePass(store, model, layout="shared").sums
+    audit = StoreAudit(store, score, layout="shared", dtype=torch.float32, shard=Shard())
+    audit.of_dataset(dataset, CompletionKeys.of_tables(token_tables(dataset)))
     assert [packed.num_tokens for packed in model.batches] == [420]
-
-
-def test_what_was_in_the_store_before_is_offered_for_the_audit(store):
-    dataset = rows(10)
-    assert run(dataset, store, Model()).report.known == []
-    known = run(Dataset.from_list([*dataset, *rows(5, seed=7)]), store, Model()).report.known
-    prompts = [row["prompt_ids"] for row in dataset]
-    assert len(known) == 4 and all(list(group.prompt_ids) in prompts for group in known)
 
 
 # A pass in a process of its own: parts of 20 rows, a pause in every batch, each completion that ran noted in a file.

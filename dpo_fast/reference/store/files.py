@@ -173,8 +173,14 @@ def is_index(name: str) -> bool:
     return re.fullmatch(r"index-[0-9a-f]{32}\.arrow", name) is not None
 
 
+def is_note(name: str) -> bool:
+    """Whether a file says what an audit has covered."""
+    return re.fullmatch(r"audited-[0-9a-f]{32}\.json", name) is not None
+
+
 def is_ours(name: str) -> bool:
-    return is_part(name) or is_index(name) or is_aside(name) or name == DESCRIPTION or name.startswith(TEMPORARY)
+    files = name == DESCRIPTION or name.startswith(TEMPORARY) or is_note(name)
+    return files or is_part(name) or is_index(name) or is_aside(name)
 
 
 def is_aside(name: str) -> bool:

@@ -92,6 +92,7 @@ class ReferenceStore:
     Attributes:
         folder: where its parts lie.
         computed: how many rows were added since the store was opened.
+        own_parts: names of the parts that were written since then.
 
     Raises:
         ValueError: it cannot be made, or its folder is a link to another store's.
@@ -102,6 +103,7 @@ class ReferenceStore:
         self._files = Folder(f"{os.fspath(root).removesuffix('/')}/{hexadecimal_hash(self._text)}")
         self.folder = self._files.url
         self.computed = 0
+        self.own_parts: set[str] = set()
         self._pending: dict[tuple[int, int], np.ndarray] = {}
         self._writing: dict[tuple[int, int], np.ndarray] = {}
         self._write: Future[tuple[IndexedPart, Rows, float, set[str]]] | None = None
@@ -378,6 +380,7 @@ class ReferenceStore:
                 raise unwritable(self._files, error) from error
             raise
         self._write, self._writing = None, {}
+        self.own_parts.add(part.name)
         known = {known.name for known in self._parts}
         if not known <= present:
             self._absorb(*self._new_rows())
