@@ -93,7 +93,8 @@ def _runs(piece: Piece, most: int) -> Iterator[tuple[Tensor, np.ndarray]]:
         yield from _runs(Piece(first, offsets, global_shape), most)
         yield from _runs(Piece(second, after, global_shape), most)
         return
-    words = local.contiguous().reshape(-1).view({1: torch.uint8, 2: torch.int16}.get(local.itemsize, torch.int32))
+    line = local.contiguous().as_strided((local.numel(),), (1,))  # of one element, any stride is contiguous
+    words = line.view({1: torch.uint8, 2: torch.int16}.get(local.itemsize, torch.int32))
     per_element = words.numel() // local.numel()
     shape, whole = [*local.shape, per_element], [*global_shape, per_element]
     strides = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]

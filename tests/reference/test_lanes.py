@@ -29,7 +29,8 @@ DTYPES = [
         torch.int64,
     ),
 ]
-SIZES = [0, 1, 2, 63, lanes.COLUMNS - 1, lanes.COLUMNS, 2 * lanes.COLUMNS + 507, 2**20 - 1, 2**20, 2**20 + 1]
+SIZES = [0, 1, 2, 63, lanes.COLUMNS - 1, lanes.COLUMNS, 2 * lanes.COLUMNS + 507]
+AROUND_BLOCKS = [2**20 - 1, 2**20, 2**20 + 1, 5 * 2**20 + 77]
 
 needs_compiler = pytest.mark.skipif(
     not list((ROOT / "dpo_fast" / "reference").glob("_lanes.*")), reason="lanes.c was not compiled"
@@ -67,14 +68,15 @@ def test_what_was_compiled_is_used():
 def test_every_dtype_size_and_number_of_threads(dtype, threads):
     pieces = [whole(random_bits((size,), dtype, seed)) for seed, size in enumerate(SIZES)]
     pieces += [whole(random_bits((), dtype)), whole(random_bits((3, 507, 5), dtype))]
+    expected = [fold(*piece).tolist() for piece in pieces]
     for count in (1, 2, 3, 16):
         threads(count)
-        agree(pieces)
+        assert [sums.tolist() for sums in fold_all(pieces)] == expected
 
 
 @needs_compiler
 def test_tensors_of_several_blocks_and_of_many_kinds_together():
-    big = [whole(random_bits((5 * 2**20 + 77,), dtype)) for dtype in (torch.bfloat16, torch.float32, torch.int8)]
+    big = [whole(random_bits((size,), dtype)) for dtype in (torch.bfloat16, torch.int32) for size in AROUND_BLOCKS]
     small = [whole(random_bits((100 + seed,), DTYPES[seed % len(DTYPES)], seed)) for seed in range(60)]
     agree([*small[:30], *big, *small[30:]])
 
@@ -119,6 +121,14 @@ def test_pieces_with_any_strides(data):
         lanes.table.cache_clear()
         agree([piece, whole(tensor)])
     lanes.table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_element_with_any_stride(dtype):
+    tensor = random_bits((3, 4), dtype)
+    piece = Piece(tensor[1:2, 2:3].as_strided((1,), (4,), 6), [0], [1])
+    assert fold(*piece).tolist() == fold(*whole(piece.local.clone())).tolist()
+    agree([piece])
 
 
 @needs_compiler
