@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -52,7 +51,6 @@ from dpo_fast.model.positions import most_positions
 from dpo_fast.reference.compute import Shard
 from dpo_fast.reference.reference import Reference
 from dpo_fast.training.activation_memory import activations_fit, largest_pack
-from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint
 from dpo_fast.training.coupled_step import Coefficients, step_coefficients, step_loss, surrogate
 from dpo_fast.training.datasets import PreferenceDatasets, check_datasets, map_datasets
 from dpo_fast.training.divergence import FiniteTrainer
@@ -60,6 +58,7 @@ from dpo_fast.training.group_cost import GroupCost, group_lengths
 from dpo_fast.training.metrics import STATISTICS, MetricAccumulator, batch_metrics
 from dpo_fast.training.progress import show_progress
 from dpo_fast.training.rank_sharding import equalize_pack_counts, number_rows, rows_in_order, shard_batches
+from dpo_fast.training.resuming import ResumingTrainer
 from dpo_fast.training.run_checks import check_best_metric, check_optimizer
 from dpo_fast.training.running_margin import RunningMargin
 from dpo_fast.training.stopping import Stopping
@@ -70,7 +69,7 @@ from dpo_fast_kernels import SequenceLoss
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(FiniteTrainer):
+class DPOTrainer(FiniteTrainer, ResumingTrainer):
     """Trains a causal language model on preferences, with the parameters of TRL's trainer.
 
     Args:
@@ -233,10 +232,8 @@ class DPOTrainer(FiniteTrainer):
     # ---- the step ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Like `Trainer.train`; a checkpoint that does not fit the model is refused before anything is loaded."""
-        folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if folder is not None:
-            check_checkpoint(self.model, folder, self.accelerator)
+        """Like `Trainer.train`; a checkpoint that is damaged or of another run is refused before anything is loaded."""
+        folder = self._checkpoint_for(resume_from_checkpoint)
         if self.args.recompute_where_needed:
             self.args.gradient_checkpointing = self.args.activation_checkpointing = self._must_recompute()
             let_recompute(self.accelerator.unwrap_model(self.model), self.args)
@@ -481,16 +478,10 @@ class DPOTrainer(FiniteTrainer):
         """Leave it to `_count_tokens`; for `include_num_input_tokens_seen`."""
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        self.end_if_diverged(weights=True)
-        reopen_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
-        self._count_tokens()  # gathers: no rank writes before the folder is reopened
+        self._count_tokens()
         if self._running_margin is not None:
             self._running_margin.save(self.state)
         super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # trainer_state.json, which is next, says that all is written
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 FLOP a parameter of the body and token, for transformers' log of the total."""

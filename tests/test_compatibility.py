@@ -58,8 +58,8 @@ TRAIN_FLAGS = """
     max_tokens_per_micro_batch model model_init_kwargs model_name_or_path model_revision no_disable_dropout
     no_gradient_checkpointing no_log_completion_statistics pad_to_multiple_of pad_token padding_free
     precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps reference_cache_dir
-    router_aux_loss_coef rpo_alpha simpo_gamma streaming sync_ref_model test_split_size torch_dtype truncation_mode
-    trust_remote_code use_bnb_nested_quant use_dora use_peft use_rslora use_weighting
+    resume_changed router_aux_loss_coef rpo_alpha simpo_gamma streaming sync_ref_model test_split_size torch_dtype
+    truncation_mode trust_remote_code use_bnb_nested_quant use_dora use_peft use_rslora use_weighting
 """
 OTHER_FLAGS = {
     "cache": "num_shards shard info verify prune dry_run export store reference_cache_dir",

@@ -106,8 +106,7 @@ class DPOConfig(TrainingArguments):
         },
     )
     disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Set every dropout probability of policy and reference to 0."},
+        default=True, metadata={"help": "Set every dropout probability of policy and reference to 0."}
     )
 
     # Data.
@@ -192,8 +191,7 @@ class DPOConfig(TrainingArguments):
         },
     )
     loss_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "One weight for each loss type. Unset, all weigh 1."},
+        default=None, metadata={"help": "One weight for each loss type. Unset, all weigh 1."}
     )
     label_smoothing: float = field(
         default=0.0,
@@ -210,8 +208,7 @@ class DPOConfig(TrainingArguments):
         },
     )
     f_alpha_divergence_coef: float = field(
-        default=0.5,
-        metadata={"help": "α of the α-divergence; 1 is the reverse KL."},
+        default=0.5, metadata={"help": "α of the α-divergence; 1 is the reverse KL."}
     )
     use_weighting: bool = field(
         default=False,
@@ -246,10 +243,7 @@ class DPOConfig(TrainingArguments):
         default=0.6,
         metadata={"help": "How far β of the loss beta_dpo follows a step's margins, 0 or more; 0 leaves it at beta."},
     )
-    discopop_tau: float = field(
-        default=0.05,
-        metadata={"help": "Temperature τ of the loss discopop, above 0."},
-    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature τ of the loss discopop, above 0."})
 
     # Speed and memory.
     layout: LayoutChoice = field(
@@ -278,6 +272,15 @@ class DPOConfig(TrainingArguments):
     log_completion_statistics: bool = field(
         default=True,
         metadata={"help": "Also log entropy, logits/chosen, logits/rejected and mean_token_accuracy."},
+    )
+
+    resume_changed: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What may differ from the run that wrote the checkpoint of resume_from_checkpoint, by name as the "
+            "refusal lists it: beta learning_rate. What is new holds from there on, optimizer and schedule included; "
+            "the schedule and the data go on at the checkpoint's step. Another optimizer begins with an empty state."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -72,6 +72,7 @@ class Reference:
 
     Attributes:
         lasts: whether it is there at any time, untouched by training: as a model in an adapter is.
+        weights: hash of its weights; None until the store was opened, which is named after it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Reference:
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
         self._root, self._max_tokens = root or cache_dir() / "reference", max_tokens
         self._shard = shard or Shard(accelerator.process_index, accelerator.num_processes)
+        self.weights: str | None = None
         self.lasts = hasattr(model, "disable_adapter") and self._keep_copies()
 
     def _keep_copies(self) -> bool:
@@ -128,6 +130,7 @@ class Reference:
             dtype=self._dtype,
             attention=attention_name(self._layout, self.model, self._accelerator.device, self._dtype),
         )
+        self.weights = str(description["weights"])
         if (dtype := dtype_of_engine(self._accelerator)) is not None:
             description["weights_dtype"] = str(dtype).removeprefix("torch.")
         return description

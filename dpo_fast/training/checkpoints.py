@@ -11,12 +11,14 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import TrainerState
 
 from dpo_fast.errors import InputError
 
@@ -33,10 +35,25 @@ def reopen_checkpoint(folder: str | Path) -> None:
     Path(folder, STATE_FILE).unlink(missing_ok=True)
 
 
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The folder to resume from: the one given, or for True the last complete one in `output_dir`.
+def unfinished(folder: Path) -> str | None:
+    """Return what a checkpoint holds that was not written to its end; reads no more than headers."""
+    part = _unfinished_part(folder)
+    return None if part is None else f"no complete {part}"
 
-    Later ones, which a killed run did not finish, are named in a warning and left as they are.
+
+def find_checkpoint(
+    resume_from_checkpoint: str | bool | None,
+    output_dir: str,
+    problem_of: Callable[[Path], str | None] = unfinished,
+) -> str | None:
+    """The folder to resume from: the one given, or for True the last good one in `output_dir`.
+
+    Later ones, as of a killed run that did not finish them, are named in a warning and left as they are.
+
+    Args:
+        resume_from_checkpoint: folder, or True.
+        output_dir: where to look for True.
+        problem_of: what a folder holds that is no good; None for nothing.
 
     Raises:
         ValueError: there is none.
@@ -44,19 +61,18 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is not True:
-        if (part := _unfinished_part(Path(resume_from_checkpoint))) is not None:
+        if (problem := problem_of(Path(resume_from_checkpoint))) is not None:
             raise InputError(
-                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} holds no complete {part}; give a checkpoint-… "
-                "folder that a trainer wrote to its end, not a saved model, or True for the last one in output_dir"
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} holds {problem}; give a checkpoint-… folder "
+                "that a trainer wrote to its end, not a saved model, or True for the last one in output_dir; weights "
+                "alone begin a new run, with model=… that folder and ref_model=… the model before training"
             )
         return str(resume_from_checkpoint)
     numbered = {int(name[1]): path for path in Path(output_dir).glob("*") if (name := _NAME.fullmatch(path.name))}
     for _, folder in sorted(numbered.items(), reverse=True):
-        if (part := _unfinished_part(folder)) is None:
+        if (problem := problem_of(folder)) is None:
             return str(folder)
-        logger.warning(
-            "%s holds no complete %s: its run was stopped while it was written; trying the one before", folder, part
-        )
+        logger.warning("%s holds %s; trying the one before", folder, problem)
     raise InputError(
         f"resume_from_checkpoint is True, but {output_dir!r} holds no checkpoint-… folder"
         + (f" that is complete, of {len(numbered)}; leave resume_from_checkpoint out to begin anew" if numbered else "")
@@ -71,6 +87,32 @@ def _unfinished_part(folder: Path) -> str | None:
         return STATE_FILE
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and _ends_too_early(file))
     return next((str(file.relative_to(folder)) for file in files), None)
+
+
+def useless(folder: Path) -> str | None:
+    """Return what a checkpoint that was written to its end lacks for going on, or holds that is no good."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    engine = any(name.startswith("global_step") for name in names)  # DeepSpeed's parts hold optimizer and schedule
+    parts = {
+        "optimizer": engine or any(name.startswith("optimizer") for name in names),
+        "scheduler.pt": engine or "scheduler.pt" in names,
+        "rng_state": any(name.startswith("rng_state") for name in names),
+    }
+    if not any(parts.values()):
+        return "weights alone, as save_only_model=True keeps them: optimizer and schedule cannot go on"
+    if lacking := [part for part, there in parts.items() if not there]:
+        return f"no {' and no '.join(lacking)}, without which training cannot go on"
+    try:
+        TrainerState.load_from_json(str(folder / STATE_FILE))
+    except TypeError as error:
+        return f"a {STATE_FILE} that cannot be read ({error})"
+    broken = (name for name in sorted(names) if name.endswith(".safetensors") and not _is_finite(folder / name))
+    return next((f"weights that are not finite in {name}" for name in broken), None)
+
+
+def _is_finite(file: Path) -> bool:
+    with safe_open(file, framework="pt") as tensors:
+        return all(torch.isfinite(tensors.get_tensor(name)).all() for name in tensors.keys())  # noqa: SIM118
 
 
 def _ends_too_early(file: Path) -> bool:

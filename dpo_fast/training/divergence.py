@@ -108,6 +108,7 @@ class FiniteTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.end_if_diverged(weights=True)
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
         self._last_checkpoint = str(folder)

@@ -31,7 +31,8 @@ from interpreting import environment
 from preferences import make_trainer
 
 SAVE = {"save_strategy": "steps", "save_steps": 5}
-PARTS = ("model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")
+PARTS = ("model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "dpo_fast_run.json")
+PARTS += ("dpo_fast_checksums.json", "trainer_state.json")
 
 
 def test_incomplete_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
