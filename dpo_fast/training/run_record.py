@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -22,13 +22,11 @@ import xxhash
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import COLUMNS, REFERENCE_FIELDS, WINDOW
 from dpo_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from dpo_fast.training.resuming import ResumingTrainer
 
 Record = dict[str, Any]
 
@@ -114,7 +112,7 @@ def check_names(accepted: list[str]) -> None:
             raise InputError(f"resume_changed has {name!r}, which is no option; did you mean {close[0]}?")
 
 
-def record_of(trainer: ResumingTrainer, origin: Record) -> Record:
+def record_of(trainer: Trainer, origin: Record) -> Record:
     """Return what alters the result of a trainer's run, in plain types of JSON.
 
     Args:
@@ -126,7 +124,7 @@ def record_of(trainer: ResumingTrainer, origin: Record) -> Record:
         "accelerator_config": _without(args.accelerator_config, "non_blocking", "use_configured_state"),
         "bf16": trainer.accelerator.mixed_precision == "bf16",
         "fp16": trainer.accelerator.mixed_precision == "fp16",
-        "data_seed": args.seed if args.data_seed is None else args.data_seed,
+        "data_seed": None if args.data_seed == args.seed else args.data_seed,
         "deepspeed": _contents(args.deepspeed),
         "layout": trainer.layout,
         "model_init_kwargs": _loading(args.model_init_kwargs),
@@ -142,7 +140,7 @@ def record_of(trainer: ResumingTrainer, origin: Record) -> Record:
     return json.loads(json.dumps(_plain(record)))
 
 
-def origin_of(trainer: ResumingTrainer) -> Record:
+def origin_of(trainer: Trainer) -> Record:
     """Return what training itself changes later, and what takes a moment to read: weights, rows, optimizer."""
     model, dataset = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
     reference = trainer.reference and trainer.reference.weights
@@ -182,7 +180,7 @@ def changes(old: Record, new: Record) -> list[Change]:
     return list(differing.values())
 
 
-def refusal(trainer: ResumingTrainer, change: Change, old: Record, new: Record) -> str | None:
+def refusal(trainer: Trainer, change: Change, old: Record, new: Record) -> str | None:
     """Return why a change cannot be accepted; None where it can."""
     if change.name not in RESTORED:
         return None
@@ -238,7 +236,7 @@ def _frozen_weights(model: nn.Module) -> str | None:
     return hashed.hexdigest()
 
 
-def _optimizer(trainer: ResumingTrainer) -> Record | None:
+def _optimizer(trainer: Trainer) -> Record | None:
     """Class of the optimizer; of one that the trainer was given, also its settings and its schedule."""
     if trainer.is_deepspeed_enabled:
         return None
