@@ -198,6 +198,7 @@ class DPOTrainer(FiniteTrainer, ResumingTrainer):
         self._balances: list[float] = []
         self.model.add_model_tags(self._tag_names)
 
+        self._remember_origin()
         if needs_reference:
             self._datasets.reference = self._make_reference(ref_model, adapters)
         self.train_dataset = self._datasets.with_reference(self.train_dataset, "train")

@@ -20,7 +20,17 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from dpo_fast.errors import InputError
 from dpo_fast.training.checkpoint_seal import SEAL_FILE, Seal, all_finite, damage
 from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint, unfinished, useless
-from dpo_fast.training.run_record import RESTORED, Change, Record, changes, check_names, origin_of, record_of, refusal
+from dpo_fast.training.run_record import (
+    RESTORED,
+    Change,
+    Record,
+    changes,
+    check_names,
+    optimizer_of,
+    origin_of,
+    record_of,
+    refusal,
+)
 
 RECORD_FILE = "dpo_fast_run.json"
 
@@ -30,14 +40,23 @@ logger = logging.getLogger(__name__)
 class ResumingTrainer(Trainer):
     """A trainer that resumes only from checkpoints that are whole, and of the run that it would be itself."""
 
+    _origin: Record
     _run_record: Record
     _seal: Seal
     _accepted: tuple[str, ...] = ()  # what has changed since the checkpoint, and may
     _begins_optimizer = False
 
-    @functools.cached_property
-    def _origin(self) -> Record:
-        return origin_of(self)
+    def _remember_origin(self) -> None:
+        """Note what the reference pass and training change later; before them, as what `args` resume may be refused.
+
+        Raises:
+            InputError: something that alters the result differs from the checkpoint that `args` name.
+        """
+        self._origin = origin_of(self)
+        given = self.args.resume_from_checkpoint
+        if given is True or (given and Path(given).is_dir()):
+            folder = find_checkpoint(given, self.args.output_dir)
+            self._compare(folder, _record_in(folder), record_of(self, self._origin), early=True)
 
     def _checkpoint_for(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder to resume from, None for no resuming. Called before anything is loaded.
@@ -47,22 +66,15 @@ class ResumingTrainer(Trainer):
                 changed since, and is not in `resume_changed`.
         """
         check_names(self.args.resume_changed)
+        self._origin.setdefault("optimizer", optimizer_of(self))
         self._run_record, self._accepted, self._begins_optimizer = record_of(self, self._origin), (), False
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir, self._problem)
         if folder is None:
             return None
-        record, found, misfit = _record_in(folder), [], None
+        record = _record_in(folder)
         if record is None and self.args.should_log:
             logger.warning("%s does not say what its run was: nothing could be compared with this one", folder)
-        if record is not None:
-            found = changes(record, self._run_record)
-        try:
-            check_checkpoint(self.model, folder, self.accelerator)
-        except InputError as error:
-            misfit = str(error)
-        message = self._refusal(folder, misfit, found, record)
-        if (message := gather_object([message])[0]) is not None:  # the first rank has all weights
-            raise InputError(message)
+        found = self._compare(folder, record, self._run_record)
         for change in found:
             if self.args.should_log:
                 logger.warning("resume_changed: %s", change)
@@ -71,10 +83,25 @@ class ResumingTrainer(Trainer):
             self._begins_optimizer = record["optimizer"]["class"] != self._run_record["optimizer"]["class"]
         return folder
 
-    def _refusal(self, folder: str, misfit: str | None, found: list[Change], record: Record | None) -> str | None:
+    def _compare(self, folder: str, old: Record | None, new: Record, early: bool = False) -> list[Change]:
+        """Return what has changed and is accepted; `early` is before weights of the reference are known."""
+        found = [change for change in changes(old, new) if not early or change.name != "weights"] if old else []
+        misfit = None
+        try:
+            check_checkpoint(self.model, folder, self.accelerator)
+        except InputError as error:
+            misfit = str(error)
+        message = self._refusal(folder, misfit, found, old, new)
+        if (message := gather_object([message])[0]) is not None:  # the first rank has all weights
+            raise InputError(message)
+        return found
+
+    def _refusal(
+        self, folder: str, misfit: str | None, found: list[Change], old: Record | None, new: Record
+    ) -> str | None:
         refused = []
         for change in found:
-            if (reason := refusal(self, change, record, self._run_record)) is not None:
+            if (reason := refusal(self, change, old, new)) is not None:
                 refused.append(f"{change} (cannot be accepted: {reason})")
             elif change.name not in self.args.resume_changed or misfit:
                 refused.append(str(change))
@@ -161,5 +188,8 @@ def _load_between_settings(
 
 
 def _record_in(folder: str) -> Record | None:
-    file = Path(folder, RECORD_FILE)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    """The record of a checkpoint; None where there is none that can be read."""
+    try:
+        return json.loads(Path(folder, RECORD_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None

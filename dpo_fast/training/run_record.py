@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.data.columns import COLUMNS, REFERENCE_FIELDS, WINDOW
+from dpo_fast.data.columns import COLUMNS, WINDOW
 from dpo_fast.errors import InputError
 
 Record = dict[str, Any]
@@ -117,7 +117,7 @@ def record_of(trainer: Trainer, origin: Record) -> Record:
 
     Args:
         trainer: the trainer, before it trains.
-        origin: what `origin_of` it was when it was made.
+        origin: what `origin_of` it was when it was made, and perhaps `optimizer_of`.
     """
     args = trainer.args
     settled = vars(args) | {
@@ -136,24 +136,39 @@ def record_of(trainer: Trainer, origin: Record) -> Record:
         names += _EVALUATION
     if args.lr_scheduler_type == "constant":  # a longer run begins with the shorter one
         settled["max_steps"] = settled["num_train_epochs"] = None
-    record = {name: settled[name] for name in names} | {"world_size": trainer.accelerator.num_processes} | origin
+    reference = trainer.reference and trainer.reference.weights
+    record = {name: settled[name] for name in names} | origin
+    if "optimizer" not in record:
+        record["optimizer"] = optimizer_of(trainer)
+    record["world_size"] = trainer.accelerator.num_processes
+    record["weights"] = {"reference": reference, "frozen": origin["weights"]}
     return json.loads(json.dumps(_plain(record)))
 
 
 def origin_of(trainer: Trainer) -> Record:
-    """Return what training itself changes later, and what takes a moment to read: weights, rows, optimizer."""
-    model, dataset = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
-    reference = trainer.reference and trainer.reference.weights
-    given = [] if reference else list(REFERENCE_FIELDS)  # log-probs that no reference of this run has computed
+    """Return what the reference pass and training change later: rows, weights and their kind."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     configs = getattr(model, "peft_config", {}).items()
     skip = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
     return {
-        "weights": {"reference": reference, "frozen": _frozen_weights(model)},
-        "data": _rows(dataset, given, trainer.args.dataloader_num_workers),
+        "weights": _frozen_weights(model),
+        "data": _rows(trainer.train_dataset, trainer.args.dataloader_num_workers),
         "dtype": "+".join(sorted({str(p.dtype)[6:] for p in model.parameters() if p.is_floating_point()})),
         "adapter": {name: _without(config.to_dict(), *skip) for name, config in configs} or None,
-        "optimizer": _optimizer(trainer),
     }
+
+
+def optimizer_of(trainer: Trainer) -> Record | None:
+    """Return the class of the optimizer; of one that the trainer was given, also its settings and its schedule."""
+    if trainer.is_deepspeed_enabled:
+        return None
+    given = trainer.optimizer
+    if given is None:
+        chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        return {"class": _plain(chosen[0])}
+    schedule = trainer.lr_scheduler and type(trainer.lr_scheduler)
+    groups = [_without(group, "params", "initial_lr") for group in given.param_groups]
+    return {"class": _plain(type(given)), "groups": groups, "schedule": schedule}
 
 
 def changes(old: Record, new: Record) -> list[Change]:
@@ -196,12 +211,11 @@ def refusal(trainer: Trainer, change: Change, old: Record, new: Record) -> str |
 # ---- parts of a record ----
 
 
-def _rows(dataset: Dataset | IterableDataset, given: list[str], workers: int) -> Record:
+def _rows(dataset: Dataset | IterableDataset, workers: int) -> Record:
     """Number and hash of the rows in their order; of a stream, what shares them out."""
     if isinstance(dataset, IterableDataset):
         return {"stream": True, "dataloader_num_workers": workers}
     names = [name for name in COLUMNS if name in dataset.column_names]
-    names = [name for name in names if name not in REFERENCE_FIELDS or name in given]
     hashed = xxhash.xxh3_128()
     rows = dataset.select_columns(names).with_format("arrow")
     for start in range(0, len(rows), WINDOW):
@@ -234,19 +248,6 @@ def _frozen_weights(model: nn.Module) -> str | None:
         hashed.update(f"{name}{list(weight.shape)}".encode())
         hashed.update(some.contiguous().view(torch.uint8).cpu().numpy())
     return hashed.hexdigest()
-
-
-def _optimizer(trainer: Trainer) -> Record | None:
-    """Class of the optimizer; of one that the trainer was given, also its settings and its schedule."""
-    if trainer.is_deepspeed_enabled:
-        return None
-    given = trainer.optimizer
-    if given is None:
-        chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        return {"class": _plain(chosen[0])}
-    schedule = trainer.lr_scheduler and type(trainer.lr_scheduler)
-    groups = [_without(group, "params", "initial_lr") for group in given.param_groups]
-    return {"class": _plain(type(given)), "groups": groups, "schedule": schedule}
 
 
 def _loading(options: Mapping[str, Any] | None) -> Record:

@@ -14,6 +14,7 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.config.rules import NARROWER_TYPES, check_loss
 from dpo_fast.config.types import check_types
 from dpo_fast.errors import InputError
+from dpo_fast.training.run_record import check_names
 
 # Arguments of earlier trainers, and where they went.
 _MOVED = {
@@ -41,6 +42,7 @@ def config_of(
     if isinstance(args, DPOConfig):
         check_types(args, NARROWER_TYPES)  # an attribute may have been set since
         check_loss(args)
+        check_names(args.resume_changed)
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path or "model"

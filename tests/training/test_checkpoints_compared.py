@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.columns import COLUMNS
 from dpo_fast.training.resuming import RECORD_FILE
-from dpo_fast.training.run_record import ALTERING, HARMLESS, OWN, RESTORED, changes, record_of
+from dpo_fast.training.run_record import ALTERING, HARMLESS, OWN, RESTORED, changes, origin_of, record_of
 from families import tiny_model
 from preferences import logged, make_trainer, pairs, trained
 
@@ -155,9 +155,8 @@ def test_all_changes_are_named_at_once_and_one_name_accepts_one(saved, tmp_path)
     ("name", "near"), [("betta", "beta"), ("learning-rate", "learning_rate"), ("wieghts", "weights")]
 )
 def test_an_unknown_name_gets_the_nearest(saved, tmp_path, name, near):
-    trainer = trainer_of(tmp_path, resume_changed=[name])
     with pytest.raises(ValueError, match=f"resume_changed has '{name}'.*did you mean {near}?"):
-        trainer.train()
+        trainer_of(tmp_path, resume_changed=[name])
 
 
 HARMLESS_CHANGES = {
@@ -276,15 +275,35 @@ def test_the_hash_of_rows_is_of_what_they_say_not_of_where_they_lie(saved, tmp_p
     mixed = rows.select([*range(8, 16), *range(8)]).select([*range(8, 16), *range(8)])
     trainer = trainer_of(tmp_path, dataset=lambda: mixed)
     assert changes(record, record_of(trainer, trainer._origin)) == []
-    groups = trainer.train_dataset
-    for column in set(COLUMNS) & set(groups.column_names) - {"ref_logps"}:
+    groups = trainer.train_dataset.remove_columns("ref_logps")
+    for column in set(COLUMNS) & set(groups.column_names):
         values = groups[column][:]
         values[3] = json.loads(re.sub(r"\d+", lambda n: str(int(n[0]) + 1), json.dumps(values[3]), count=1))
         trainer.train_dataset = groups.remove_columns(column).add_column(
             column, values, feature=groups.features[column]
         )
-        del trainer._origin
-        assert [change.name for change in changes(record, record_of(trainer, trainer._origin))] == ["data"], column
+        assert [change.name for change in changes(record, record_of(trainer, origin_of(trainer)))] == ["data"], column
+
+
+def test_changes_are_refused_before_the_reference_pass_where_the_arguments_say_what_to_resume(saved, tmp_path):
+    options = {"resume_from_checkpoint": checkpoint(saved), "dataset": another_row, "beta": 0.3}
+    with pytest.raises(ValueError, match="beta: 0.1 → 0.3; data: .*; set back"):
+        trainer_of(tmp_path, **options)
+    assert not (tmp_path / "reference").exists()
+    trainer_of(tmp_path, **options, resume_changed=["beta", "data"])
+
+
+def test_log_probs_that_the_rows_bring_are_compared(tmp_path):
+    def run(change: float = 0.0):
+        rows = pairs()
+        for name, value in (("ref_chosen_logps", -20.0), ("ref_rejected_logps", -30.0 - change)):
+            rows = rows.add_column(name, [value] * len(rows))
+        return make_trainer(tmp_path, rows, eval_dataset=pairs(4, seed=3), **SAVED)
+
+    run().train()
+    assert run()._checkpoint_for(checkpoint(tmp_path))
+    with pytest.raises(ValueError, match="data: "):
+        run(change=0.5)._checkpoint_for(checkpoint(tmp_path))
 
 
 def test_records_hold_no_secrets_and_only_plain_values(saved):
