@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from dpo_fast.training.checkpoints import STATE_FILE
+from dpo_fast.training.checkpoints import STATE_FILE, is_finite
 
 SEAL_FILE = "dpo_fast_checksums.json"
 _NEW_STATE = f"{STATE_FILE}.new"
@@ -37,7 +36,7 @@ Checksums = dict[str, list[Any]]  # size in bytes and hash, by path in the check
 def all_finite(model: nn.Module) -> bool:
     """Return whether what this rank has of the trained weights is finite."""
     trained = (weight for weight in model.parameters() if weight.requires_grad)
-    return all(bool(torch.isfinite(_local(weight)).all()) for weight in trained)
+    return all(is_finite(_local(weight)) for weight in trained)
 
 
 def _local(weight: nn.Parameter) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from dpo_fast.errors import InputError
@@ -106,13 +106,21 @@ def useless(folder: Path) -> str | None:
         TrainerState.load_from_json(str(folder / STATE_FILE))
     except TypeError as error:
         return f"a {STATE_FILE} that cannot be read ({error})"
-    broken = (name for name in sorted(names) if name.endswith(".safetensors") and not _is_finite(folder / name))
+    broken = (name for name in sorted(names) if name.endswith(".safetensors") and not _holds_finite(folder / name))
     return next((f"weights that are not finite in {name}" for name in broken), None)
 
 
-def _is_finite(file: Path) -> bool:
+def is_finite(weight: Tensor) -> bool:
+    """Return whether all numbers are finite, without temporaries of the tensor's size."""
+    if weight.numel() == 0 or not weight.is_floating_point():
+        return True
+    weight = weight.float() if weight.itemsize == 1 else weight  # there are no minima of 8 bits
+    return all(bool(value.isfinite()) for value in torch.aminmax(weight))  # both are NaN where one number is
+
+
+def _holds_finite(file: Path) -> bool:
     with safe_open(file, framework="pt") as tensors:
-        return all(torch.isfinite(tensors.get_tensor(name)).all() for name in tensors.keys())  # noqa: SIM118
+        return all(is_finite(tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
 def _ends_too_early(file: Path) -> bool:

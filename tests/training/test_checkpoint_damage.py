@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from dpo_fast.training.checkpoint_seal import SEAL_FILE
+from dpo_fast.training.checkpoints import is_finite
 from dpo_fast.training.resuming import RECORD_FILE
 from preferences import make_trainer, pairs
 
@@ -97,6 +98,16 @@ def test_what_an_older_checkpoint_lacks_is_found_without_checksums(run, tmp_path
     for name in [*lacking, SEAL_FILE, RECORD_FILE]:
         (last / name).unlink()
     is_found_out(run, last, caplog, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_one_number_that_is_not_finite_is_seen(dtype):
+    weight = torch.randn(7, 13).to(dtype)
+    assert is_finite(weight) and is_finite(weight[:0]) and is_finite(torch.ones(3, dtype=torch.bool))
+    for value in (float("nan"), *([float("inf"), float("-inf")] if dtype.itemsize > 1 else [])):
+        broken = weight.clone()
+        broken[6, 4] = value
+        assert not is_finite(broken) and not is_finite(broken.T)
 
 
 def test_weights_that_are_not_finite_make_no_good_checkpoint(run, tmp_path, caplog):
