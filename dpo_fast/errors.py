@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -97,3 +98,40 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, message: str, *, step: int, first: str, checkpoint: str | None) -> None:
         super().__init__(message)
         self.step, self.first, self.checkpoint = step, first, checkpoint
+
+
+_WITHOUT_CAUSE = (InputError, ImportError, MemoryError)  # say all themselves, or are no matter of what is read
+_LONGEST = 300  # characters of another library's message that are shown
+_CURES = {
+    errno.ENOSPC: "free space on that disk, or have caches elsewhere (HF_HOME, HF_DATASETS_CACHE, TMPDIR)",
+    errno.EDQUOT: "free space within your quota, or have caches elsewhere (HF_HOME, HF_DATASETS_CACHE, TMPDIR)",
+    errno.EACCES: "give this user permission to read it, and to write where caches are (HF_HOME, HF_DATASETS_CACHE)",
+    errno.EPERM: "give this user permission to read it, and to write where caches are (HF_HOME, HF_DATASETS_CACHE)",
+    errno.EROFS: "have caches where files can be written (HF_HOME, HF_DATASETS_CACHE, TMPDIR)",
+}
+
+
+@contextmanager
+def reading(
+    argument: str, value: object, cure: str, errors: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what a library raises on what the user gave into an `InputError` of one line.
+
+    Libraries raise exceptions of any class on broken files. So the block holds calls of them alone, or `errors` keeps
+    to classes that no mistake in dpo_fast raises.
+
+    Args:
+        argument: what the user gave the value as.
+        value: path or name that is read.
+        cure: what to do where the error does not say it by itself, as a full disk does.
+        errors: classes that are turned.
+    """
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, _WITHOUT_CAUSE) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        cure = _CURES.get(getattr(error, "errno", None), cure)
+        said = " ".join(str(error).split())
+        said = f"{said[:_LONGEST]}…" if len(said) > _LONGEST else said
+        raise InputError(f"{argument}={value!r} cannot be read ({type(error).__name__}: {said}); {cure}") from error

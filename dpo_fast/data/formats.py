@@ -297,13 +297,13 @@ def _cycle(comparisons: Sequence[Sequence[int]]) -> list[int] | None:
 
 _CHAT_COLUMNS = ("system", "tools", "chat_template_kwargs")
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-_PAIR_COLUMNS = ("weight", "offset", *_REFERENCE_COLUMNS)
+NUMBER_COLUMNS = ("weight", "offset", *_REFERENCE_COLUMNS)
 _RANKED_COLUMNS = ("weight", *_CHAT_COLUMNS)
 
 _NEEDED = tuple(name for name, column in COLUMNS.items() if column.default is None and not column.optional)
 
 PREPARED = Format("prepared groups", _NEEDED, tuple(name for name in COLUMNS if name not in _NEEDED))
-TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), _PAIR_COLUMNS)
+TOKENIZED = Format("tokenized pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), NUMBER_COLUMNS)
 FORMATS = (
     PREPARED,
     TOKENIZED,
@@ -313,11 +313,11 @@ FORMATS = (
     Format(
         "ShareGPT pairs",
         ("conversations", "chosen", "rejected"),
-        (*_CHAT_COLUMNS, *_PAIR_COLUMNS),
+        (*_CHAT_COLUMNS, *NUMBER_COLUMNS),
         _read_sharegpt,
     ),
-    Format("pairs", ("prompt", "chosen", "rejected"), (*_CHAT_COLUMNS, *_PAIR_COLUMNS), _read_pair),
-    Format("pairs with an implicit prompt", ("chosen", "rejected"), (*_CHAT_COLUMNS, *_PAIR_COLUMNS), _read_pair),
+    Format("pairs", ("prompt", "chosen", "rejected"), (*_CHAT_COLUMNS, *NUMBER_COLUMNS), _read_pair),
+    Format("pairs with an implicit prompt", ("chosen", "rejected"), (*_CHAT_COLUMNS, *NUMBER_COLUMNS), _read_pair),
 )
 
 
