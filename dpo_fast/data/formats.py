@@ -24,26 +24,9 @@ from itertools import combinations
 from typing import Any
 
 from dpo_fast.data.columns import COLUMNS, Row
+from dpo_fast.data.messages import Message, is_conversation, messages_of
+from dpo_fast.data.values import beginning, is_finite, shown
 from dpo_fast.errors import InputError
-
-Message = dict[str, Any]
-
-_LARGEST = 3.4028234663852886e38  # of fp32
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,42 +63,13 @@ class Format:
         return self.required + self.optional
 
 
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(item, dict) for item in value))
-
-
-def _message(value: Any, column: str) -> Message:
-    if isinstance(value, dict) and value.get("role") is not None:
-        return value
-    if isinstance(value, dict) and value.get("from") is not None:
-        speaker = value["from"]
-        if speaker not in ROLES:
-            raise InputError(f"column {column!r}: speaker {speaker!r} is unknown; use one of {', '.join(ROLES)}")
-        return {"role": ROLES[speaker], "content": value.get("value", "")}
-    raise InputError(
-        f"column {column!r}: {_shown(value)} is not a message; a message has the keys 'role' and 'content' "
-        "(or 'from' and 'value')"
-    )
-
-
-def _messages(value: Any, column: str, role: str = "assistant") -> list[Message]:
-    """A message, a list of messages, or text that `role` said → a list of messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not _is_conversation(value):
-        raise InputError(f"column {column!r}: {_shown(value)} is neither text, nor a message, nor a list of messages")
-    return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
-
-
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"column {column!r}: expected text or a list of messages, got {_shown(value)}")
+        raise InputError(
+            f"column {column!r}: expected text or a list of messages, got {shown(value)}; "
+            "give it in every row, or leave the row out"
+        )
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
 
 
 def _template_arguments(row: Row) -> dict[str, Any]:
@@ -123,21 +77,30 @@ def _template_arguments(row: Row) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"column 'tools': not valid JSON ({error}); give a list of JSON schemas") from error
     arguments = row.get("chat_template_kwargs")
-    if arguments is not None and not isinstance(arguments, dict):
-        raise InputError(f"column 'chat_template_kwargs': expected a dict, got {_shown(arguments)}")
-    return {"tools": tools, **(arguments or {})}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+        raise InputError(
+            f"column 'chat_template_kwargs': expected a dict, got {shown(arguments)}; give the template's arguments by "
+            "name"
+        )
+    arguments = {"tools": tools, **arguments}
+    tools = arguments["tools"]
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
+        raise InputError(f"column 'tools': expected a list of dicts, got {shown(tools)}; give a list of JSON schemas")
+    return arguments
 
 
 def _example(row: Row, prompt: Any, completions: list[Any], comparisons: list[tuple[int, int]], **more: Any) -> Example:
     """Return an example with what the row holds beside prompt and completions."""
     if "system" in row:
-        prompt = _messages(prompt, "prompt", role="user")
-        completions = [_messages(completion, "completions") for completion in completions]
+        prompt = messages_of(prompt, "prompt", role="user")
+        completions = [messages_of(completion, "completions") for completion in completions]
         if row["system"] and not (prompt and prompt[0]["role"] == "system"):
-            prompt = [*_messages(row["system"], "system", role="system"), *prompt]
+            prompt = [*messages_of(row["system"], "system", role="system"), *prompt]
     return Example(prompt, completions, comparisons, _template_arguments(row), **more)
 
 
@@ -156,13 +119,13 @@ def _split_prompt(chosen: Sequence, rejected: Sequence) -> tuple[Any, list[Any]]
 
 def _prompt_and_completions(prompt: Any, completions: list[Any], columns: list[str]) -> tuple[Any, list[Any]]:
     """An explicit prompt with its completions, as text if all of them are text, else as messages."""
-    if not any(map(_is_conversation, [prompt, *completions])):
+    if not any(map(is_conversation, [prompt, *completions])):
         texts = [_text(value, column) for value, column in zip(completions, columns, strict=True)]
         return _text(prompt, "prompt"), texts
-    conversations = [_messages(value, column) for value, column in zip(completions, columns, strict=True)]
+    conversations = [messages_of(value, column) for value, column in zip(completions, columns, strict=True)]
     if isinstance(prompt, str) and all(c and c[0]["role"] != "assistant" for c in conversations):
         return _repeated_prompt(prompt, conversations)
-    return _messages(prompt, "prompt", role="user"), conversations
+    return messages_of(prompt, "prompt", role="user"), conversations
 
 
 def _repeated_prompt(prompt: str, conversations: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
@@ -182,23 +145,23 @@ def _read_pair(row: Row) -> Example:
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt, completions = _prompt_and_completions(row["prompt"], [chosen, rejected], ["chosen", "rejected"])
-    elif _is_conversation(chosen) and _is_conversation(rejected):
-        prompt, completions = _split_prompt(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
+    elif is_conversation(chosen) and is_conversation(rejected):
+        prompt, completions = _split_prompt(messages_of(chosen, "chosen"), messages_of(rejected, "rejected"))
     else:
         prompt, completions = _split_prompt(_text(chosen, "chosen"), _text(rejected, "rejected"))
     return _example(row, prompt, completions, [(0, 1)])
 
 
 def _read_sharegpt(row: Row) -> Example:
-    prompt = _messages(row["conversations"], "conversations", role="user")
-    return _example(row, prompt, [_messages(row[column], column) for column in ("chosen", "rejected")], [(0, 1)])
+    prompt = messages_of(row["conversations"], "conversations", role="user")
+    return _example(row, prompt, [messages_of(row[column], column) for column in ("chosen", "rejected")], [(0, 1)])
 
 
 def _prompt_and_answers(row: Row) -> tuple[Any, list[Any]]:
     completions = row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
         raise InputError(
-            f"column 'completions': expected a list of at least two, to be compared, got {_shown(completions)}; put "
+            f"column 'completions': expected a list of at least two, to be compared, got {shown(completions)}; put "
             "the completions of a prompt into one row, or leave the row out"
         )
     return _prompt_and_completions(row["prompt"], completions, ["completions"] * len(completions))
@@ -208,8 +171,12 @@ def _read_ranked(row: Row) -> Example:
     prompt, completions = _prompt_and_answers(row)
     column = "scores" if "scores" in row else "ranks"
     values = _one_for_each(row[column], column, len(completions), "completions")
+    if column == "scores":
+        values = [float(value) if isinstance(value, bool) else value for value in values]  # labels, good or bad
     if not all(map(is_finite, values)):
-        raise InputError(f"column {column!r}: expected finite numbers, got {values}; leave unrated completions out")
+        raise InputError(
+            f"column {column!r}: expected finite numbers, got {shown(values)}; leave unrated completions out"
+        )
     scores = values if column == "scores" else [-rank for rank in values]
     return _example(row, prompt, completions, comparisons_from_scores(scores), scores=scores)
 
@@ -218,13 +185,16 @@ def _read_compared(row: Row) -> Example:
     prompt, completions = _prompt_and_answers(row)
     comparisons, allowed = row["comparisons"], range(len(completions))
     if not isinstance(comparisons, list):
-        raise InputError(f"column 'comparisons': expected a list of [winner, loser], got {_shown(comparisons)}")
+        raise InputError(
+            f"column 'comparisons': expected a list of [winner, loser], got {shown(comparisons)}; give one for each "
+            "comparison, by index"
+        )
     for pair in comparisons:
-        indices = isinstance(pair, list) and len(pair) == 2 and all(isinstance(index, int) for index in pair)
+        indices = isinstance(pair, list) and len(pair) == 2 and set(map(type, pair)) == {int}
         if not indices or pair[0] == pair[1] or not all(index in allowed for index in pair):
             raise InputError(
-                f"column 'comparisons': {pair} is not [winner, loser], two different indices from 0 to {allowed[-1]} "
-                f"of the {len(completions)} completions"
+                f"column 'comparisons': {beginning(pair)} is not [winner, loser], two different indices from 0 to "
+                f"{allowed[-1]} of the {len(completions)} completions"
             )
     if cycle := _cycle(comparisons):
         raise InputError(
@@ -241,19 +211,17 @@ def _read_compared(row: Row) -> Example:
 
 def _one_for_each(values: Any, column: str, count: int, what: str) -> list[Any]:
     if not isinstance(values, list) or len(values) != count:
-        found = len(values) if isinstance(values, list) else _shown(values)
-        raise InputError(f"column {column!r}: expected one for each of the {count} {what}, got {found}")
+        found = len(values) if isinstance(values, list) else shown(values)
+        raise InputError(f"column {column!r}: expected one for each of the {count} {what}, got {found}; give as many")
     return values
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number that fp32 holds."""
-    return isinstance(value, int | float) and abs(value) <= _LARGEST
 
 
 def _weight(value: Any, column: str) -> float:
     if not is_finite(value) or value < 0:
-        raise InputError(f"column {column!r}: expected a finite number, 0 or more, got {value}")
+        raise InputError(
+            f"column {column!r}: expected a finite number, 0 or more, got {beginning(value)}; give one in every "
+            "row, or leave the column out"
+        )
     return value
 
 
@@ -266,8 +234,8 @@ def row_offset(row: Row) -> float:
     """The margin in reward that the winner of a row's pair should have."""
     if not is_finite(row["offset"]):
         raise InputError(
-            f"column 'offset': expected a finite number, got {row['offset']}; give one in every row (0 asks for no "
-            "margin), or leave the column out"
+            f"column 'offset': expected a finite number, got {beginning(row['offset'])}; give one in every row "
+            "(0 asks for no margin), or leave the column out"
         )
     return row["offset"]
 
@@ -328,8 +296,11 @@ def detect_format(columns: Collection[str]) -> Format:
         ValueError: no format fits, or the columns are ambiguous or of a kind that is not supported.
     """
     found = f"found the columns {', '.join(sorted(columns)) or '(none)'}"
-    if vision := {"image", "images"} & set(columns):
-        raise InputError(f"dataset: {found}; images are not supported; remove {', '.join(vision)} to train on text")
+    for media in ("image", "video", "audio"):
+        if names := sorted({media, f"{media}s"} & set(columns)):
+            raise InputError(
+                f"dataset: {found}; {media}s are not supported; remove {', '.join(names)} to train on text"
+            )
     for candidate in FORMATS:
         if set(candidate.required) <= set(columns):
             if "completions" in candidate.required:

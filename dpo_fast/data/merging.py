@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.data.columns import COLUMNS, REFERENCE_FIELDS, Row, group_features
+from dpo_fast.data.columns import COLUMNS, REFERENCE_FIELDS, Row, group_features, with_defaults
 from dpo_fast.data.truncation import (
     CODE,
     checked_group,
@@ -31,16 +31,15 @@ class _MergeRows:
     Comparisons that should have different margins are different. Other columns say in `columns` how they merge.
     """
 
-    def __init__(self, rows: Dataset, members: list[list[int]], comparisons: ComparisonChoice, name: str):
-        self.rows, self.members, self.comparisons, self.name, self.code = rows, members, comparisons, name, _CODE
+    def __init__(self, rows: Dataset, members: list[list[int]], comparisons: ComparisonChoice):
+        self.rows, self.members, self.comparisons, self.code = rows, members, comparisons, _CODE
 
     def __call__(self, first: Row, index: int) -> Row:
         completions: dict[tuple[int, ...], int] = {}
         comparisons: dict[tuple[int, int, float], int] = {}
         values: dict[str, dict[int, list]] = defaultdict(lambda: defaultdict(list))
         for member in self.members[index]:
-            group = checked_group(self.rows[member], f"{self.name} dataset, row {member}")
-            group = choose_comparisons(group, self.comparisons)
+            group = choose_comparisons(with_defaults(self.rows[member]), self.comparisons)
             keys = zip(group["context_lengths"], group["completion_ids"], strict=True)
             place = [completions.setdefault((context, *ids), len(completions)) for context, ids in keys]
             offsets = group.get("comparison_offsets") or [0.0] * len(group["comparisons"])
@@ -71,9 +70,9 @@ def merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int 
     Rows without comparisons stay apart, to be counted as dropped; rows without a shared prompt have nothing to share.
     """
     members: dict[Any, list[int]] = defaultdict(list)
-    columns = [column for column in ("prompt_ids", "comparisons", "context_lengths") if column in rows.column_names]
-    for index, row in enumerate(rows.select_columns(columns)):
-        alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
+    for index, row in enumerate(rows):
+        row = checked_group(row, f"{name} dataset, row {index}")
+        alone = not row["prompt_ids"] or not row["comparisons"] or any(row["context_lengths"])
         digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
         members[index if alone else digest].append(index)
     supplied = [name for name in REFERENCE_FIELDS if name in rows.column_names]
@@ -81,7 +80,7 @@ def merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int 
         logger.warning("%s dataset: its reference log-probs are not used, because rows were merged by prompt", name)
         rows = rows.remove_columns(supplied)
     return rows.select([group[0] for group in members.values()]).map(
-        _MergeRows(rows, list(members.values()), comparisons, name),
+        _MergeRows(rows, list(members.values()), comparisons),
         with_indices=True,
         remove_columns=rows.column_names,
         features=group_features(rows.column_names),

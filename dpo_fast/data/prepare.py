@@ -45,12 +45,15 @@ from dpo_fast.data.truncation import (
     TRUNCATION_MODES,
     TruncateRows,
 )
-from dpo_fast.data.values import plain_rows
+from dpo_fast.data.values import plain_rows, reading_rows
 from dpo_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 ROWS_AHEAD = 64  # rows of a stream that are tokenised together, and those of a rank that the reference scores together
+MOST_UNUSED = 100_000  # rows of a stream, one after the other, of which none is usable
+# What makes rows usable.
+USABLE = "raise max_length where prompts fill it, else give completions that differ and weights above 0"
 
 
 @dataclass(frozen=True)
@@ -153,37 +156,40 @@ def prepare(
             f"max_length: {max_length} exceeds the {positions} positions that the model has learned; set "
             f"max_length={positions} or less"
         )
-    rows = plain_rows(dataset)
-    chosen = choose_columns(rows, columns, name)
-    used = list(chosen.names.values())
-    rows = rows.select_columns(used)
-    apply = functools.partial(_apply, num_proc=num_proc, name=name)
-    if chosen.format is not PREPARED:
-        features = tokenized_features(chosen.names)
-        rows = apply(rows, TokenizeRows(tokenizer, chosen, name), used, features, "Tokenizing")
-        if isinstance(rows, Dataset):
-            _warn_of_lost_prompts(list(rows["lost_prompt"]), name)
-        rows = rows.remove_columns("lost_prompt")
-    choice = "all_pairs" if chosen.format is PREPARED else comparisons
-    if group_by_prompt:
-        rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
-    features = group_features(rows.column_names or chosen.names)
-    cut = TruncateRows(
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-        comparisons=choice,
-        vocab_size=vocab_size,
-        positions=positions,
-        tokenizer=tokenizer,
-        name=name,
-    )
-    rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")
-    if isinstance(rows, IterableDataset):
-        if lines := described(chosen.mapped, chosen.ignored):
-            logger.log(logging.WARNING if chosen.mapped else logging.INFO, "%s stream: %s", name, "\n".join(lines))
-        return rows.filter(_Usable(name)).remove_columns(list(ACCOUNT)), None
-    groups, summary = _usable(rows, features, len(dataset), max_length, name)
-    return groups, replace(summary, mapped=chosen.mapped, ignored=chosen.ignored)
+    with reading_rows(name):
+        rows = plain_rows(dataset)
+        chosen = choose_columns(rows, columns, name)
+        used = list(chosen.names.values())
+        rows = rows.select_columns(used)
+        apply = functools.partial(_apply, num_proc=num_proc, name=name)
+        if chosen.format is not PREPARED:
+            features = tokenized_features(chosen.names)
+            rows = apply(rows, TokenizeRows(tokenizer, chosen, name), used, features, "Tokenizing")
+            if isinstance(rows, Dataset):
+                _warn_of_lost_prompts(list(rows["lost_prompt"]), name)
+            rows = rows.remove_columns("lost_prompt")
+        choice = "all_pairs" if chosen.format is PREPARED else comparisons
+        if group_by_prompt:
+            rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
+        features = group_features(rows.column_names or chosen.names)
+        cut = TruncateRows(
+            max_length=max_length,
+            truncation_mode=truncation_mode,
+            comparisons=choice,
+            vocab_size=vocab_size,
+            positions=positions,
+            tokenizer=tokenizer,
+            source=chosen.format,
+            checked=group_by_prompt,
+            name=name,
+        )
+        rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")
+        if isinstance(rows, IterableDataset):
+            if lines := described(chosen.mapped, chosen.ignored):
+                logger.log(logging.WARNING if chosen.mapped else logging.INFO, "%s stream: %s", name, "\n".join(lines))
+            return rows.filter(_Usable(name)).remove_columns(list(ACCOUNT)), None
+        groups, summary = _usable(rows, features, len(dataset), max_length, name)
+        return groups, replace(summary, mapped=chosen.mapped, ignored=chosen.ignored)
 
 
 def prepare_dataset(
@@ -262,8 +268,7 @@ def _usable(
     if not summary.groups:
         raise InputError(
             f"dataset: none of the {summary.rows} rows of the {name} dataset is usable ({_listed(summary.dropped)}); "
-            f"raise max_length (now {max_length}) where prompts fill it, else give completions that differ and "
-            "weights above 0"
+            f"{USABLE} (max_length is {max_length})"
         )
     if summary.truncated and set(REFERENCE_FIELDS) & set(features):
         logger.warning(
@@ -310,10 +315,14 @@ def _listed(dropped: dict[str, int]) -> str:
 
 
 class _Usable:
-    """Whether a row of a stream holds a group; says once that text brings along what is added to it."""
+    """Whether a row of a stream holds a group; says once that text brings along what is added to it.
+
+    Raises:
+        InputError: a row was cut although it brings reference log-probs, or none of very many rows is usable.
+    """
 
     def __init__(self, name: str):
-        self.name, self.said = name, False
+        self.name, self.said, self.unused = name, False, Counter()
 
     def __call__(self, row: Row) -> bool:
         supplied = [field for field in REFERENCE_FIELDS if row.get(field) is not None]
@@ -326,4 +335,13 @@ class _Usable:
         if repeated and not self.said:
             self.said = True
             logger.warning("%s stream: a row holds the %s token %s", self.name, " and the ".join(repeated), CURE)
-        return bool(row["comparisons"])
+        if row["comparisons"]:
+            self.unused.clear()
+            return True
+        self.unused.update(row["reasons"])
+        if self.unused.total() >= MOST_UNUSED:
+            raise InputError(
+                f"dataset: none of {self.unused.total()} rows of the {self.name} stream, one after the other, is "
+                f"usable ({_listed(self.unused)}); {USABLE}"
+            )
+        return False

@@ -8,25 +8,32 @@ gets the end-of-sequence token when it lacks it, conversations what the chat tem
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import math
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.data import formats, values
+from dpo_fast.data import formats, messages, values
 from dpo_fast.data.column_choice import ColumnChoice
-from dpo_fast.data.columns import with_defaults
-from dpo_fast.data.formats import Example, Row, row_offset, row_weight
-from dpo_fast.data.values import plain
+from dpo_fast.data.columns import COLUMNS, with_defaults
+from dpo_fast.data.formats import TOKENIZED, Example, Row, row_offset, row_weight
+from dpo_fast.data.messages import KNOWN_ROLES, in_parts, unknown_role
+from dpo_fast.data.values import check_logps, check_type, element_type, plain
 from dpo_fast.errors import InputError
 
 # Part of the cache key of every row's tokens: `datasets` hashes an importable class by its name, not by its code.
 _CODE = hashlib.blake2b(
-    b"".join(Path(f).read_bytes() for f in (__file__, formats.__file__, values.__file__))
+    b"".join(Path(f).read_bytes() for f in (__file__, formats.__file__, messages.__file__, values.__file__))
 ).hexdigest()
+# Arguments of `apply_chat_template` that are not the template's: they would change what comes back.
+_TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    *("self", "kwargs", "tools", "documents", "chat_template")
+}
+_WRITTEN_OUT = ("'type': 'text'", '"type": "text"')  # parts of text that a template does not take apart
 
 
 class TokenizeRows:
@@ -46,9 +53,9 @@ class TokenizeRows:
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*columns, strict=True)]
         groups = []
         if self.source.read is None:
-            groups = [_group(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]], [(0, 1)]) for row in rows]
+            groups = [self._at(index, _tokens, row) for index, row in zip(indices, rows, strict=True)]
         else:
-            examples = [self._at(index, self.source.read, row) for index, row in zip(indices, rows, strict=True)]
+            examples = [self._at(index, self._read, row) for index, row in zip(indices, rows, strict=True)]
             for example, sequences in zip(examples, self._tokenize(examples, indices), strict=True):
                 groups.append(self._split(example, *sequences))
         for index, row, group in zip(indices, rows, groups, strict=True):
@@ -67,6 +74,39 @@ class TokenizeRows:
             return function(*args)
         except ValueError as error:
             raise InputError(f"{self.name} dataset, row {index}: {error}") from error
+
+    def _read(self, row: Row) -> Example:
+        example = self.source.read(row)
+        if taken := sorted(_TAKEN & example.template_arguments.keys()):
+            raise InputError(
+                f"column 'chat_template_kwargs': {taken[0]!r} ({example.template_arguments[taken[0]]!r}) is no "
+                "argument of a chat template but of apply_chat_template, and would change what it returns; leave it out"
+            )
+        if example.conversational:
+            self._check_conversations(example)
+        return example
+
+    def _check_conversations(self, example: Example) -> None:
+        """Refuse roles that the template does not know, and parts of text that it would write out as they are."""
+        arguments = example.template_arguments
+        template = arguments.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
+        said = [*example.prompt, *chain(*example.completions)]
+        if role := unknown_role(said, template):
+            raise InputError(
+                f"messages: role {role!r} is unknown, and the chat template does not name it; use one of "
+                f"{', '.join(sorted(KNOWN_ROLES))}"
+            )
+        if template is not None and any(map(in_parts, said)):
+            texts = [str(part) for message in said if in_parts(message) for part in map(_text_of, message["content"])]
+            for completion in example.completions:
+                whole = self.tokenizer.apply_chat_template(
+                    example.prompt + completion, **{**arguments, "tools": None}, tokenize=False
+                )
+                if any(whole.count(mark) > sum(text.count(mark) for text in texts) for mark in _WRITTEN_OUT):
+                    raise InputError(
+                        "messages: the chat template writes a content that is a list of parts out as it is; give the "
+                        "content of messages as text"
+                    )
 
     def _split(self, example: Example, prompt: list[int], *whole: list[int]) -> Row:
         if whole:
@@ -145,11 +185,22 @@ def _common_prefix_length(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(right))
 
 
+def _text_of(part: Any) -> str:
+    return part.get(part["type"], "")
+
+
+def _tokens(row: Row) -> Row:
+    for column in TOKENIZED.required:
+        check_type(row[column], COLUMNS["prompt_ids"].type, column)
+    return _group(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]], [(0, 1)])
+
+
 def _reference_logps(row: Row) -> list[float]:
-    values = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
-    if not all(value is not None and math.isfinite(value) for value in values):
-        raise InputError(f"columns 'ref_chosen_logps', 'ref_rejected_logps': expected finite numbers, got {values}")
-    return values
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    for column in columns:
+        check_type(row[column], element_type(COLUMNS["ref_logps"].type), column)
+        check_logps([row[column]], column)
+    return [row[column] for column in columns]
 
 
 def _group(prompt: list[int], completions: list[list[int]], comparisons: list) -> Row:

@@ -8,20 +8,19 @@ carries what is left of it as its own context. These are TRL 1.16's rules.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.batches.groups import ComparisonChoice
-from dpo_fast.data import columns, special_tokens
-from dpo_fast.data.columns import COLUMNS, COUNTS, Row, take, with_defaults
-from dpo_fast.data.formats import is_finite
+from dpo_fast.data import columns, special_tokens, values
+from dpo_fast.data.columns import COLUMNS, COUNTS, REFERENCE_FIELDS, Row, take, with_defaults
+from dpo_fast.data.formats import TOKENIZED, Format
 from dpo_fast.data.special_tokens import repeats_bos, repeats_eos
-from dpo_fast.data.values import plain
+from dpo_fast.data.values import beginning, check_logps, check_type, plain
 from dpo_fast.errors import InputError
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -38,42 +37,59 @@ STAYS = ", in a group that stays"
 
 # Part of the cache key of the rows: `datasets` hashes an importable class by its name, not by its code.
 CODE = hashlib.blake2b(
-    b"".join(Path(file).read_bytes() for file in (__file__, columns.__file__, special_tokens.__file__))
+    b"".join(Path(file).read_bytes() for file in (__file__, columns.__file__, special_tokens.__file__, values.__file__))
 ).hexdigest()
 
 
 def checked_group(row: Row, where: str) -> Row:
     """Return the group of a row, with the columns that it leaves out filled in; `where` names the row in errors."""
-    group = with_defaults({name: row[name] for name in COLUMNS if name in row})
+    try:
+        return _checked_group(row)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _checked_group(row: Row) -> Row:
+    given = {name: row[name] for name in COLUMNS if name in row}
+    for name, value in given.items():
+        if value is not None:
+            check_type(value, COLUMNS[name].type, name)
+        elif COLUMNS[name].default is None:
+            raise InputError(f"column {name!r} is missing; give it in every row, or leave the column out")
+    group = with_defaults(given)
     counts = {"completion": len(group["completion_ids"]), "comparison": len(group["comparisons"])}
-    if any(not 0 <= index < counts["completion"] for pair in group["comparisons"] for index in pair):
-        raise InputError(
-            f"{where}: comparisons {group['comparisons']} must be indices of the {counts['completion']} completions"
-        )
-    for name, values in group.items():
-        column = COLUMNS[name]
-        if values is None:
-            raise InputError(f"{where}: column {name!r} is missing; give it in every row, or leave the column out")
-        if not column.optional and column.default is None:
-            continue
-        needed = counts[column.per]
-        if len(values) != needed:
+    for name, value in group.items():
+        per = COLUMNS[name].per
+        if per in counts and len(value) != counts[per]:
+            raise InputError(f"column {name!r} holds {len(value)} for {counts[per]} {per}s; give one for each")
+    for pair in group["comparisons"]:
+        if len(pair) != 2 or pair[0] == pair[1] or not all(0 <= index < counts["completion"] for index in pair):
             raise InputError(
-                f"{where}: column {name!r} holds {len(values)} for {needed} {column.per}s; give one for each"
+                f"comparisons {beginning(group['comparisons'])} must be different indices of the "
+                f"{counts['completion']} completions, and {pair} is not; give [winner, loser]"
             )
-        if not all(map(is_finite, _flat(values))):
-            raise InputError(f"{where}: column {name!r}: expected finite numbers, got {values}")
     if any(weight < 0 for weight in group["comparison_weights"]):
         raise InputError(
-            f"{where}: column 'comparison_weights': {group['comparison_weights']} must be 0 or more; let the other "
+            f"column 'comparison_weights': {beginning(group['comparison_weights'])} must be 0 or more; let the other "
             "completion win instead"
         )
+    unpredicted = 0 if group["prompt_ids"] else 1  # nothing predicts the first token of a sequence
+    for k, (ids, context) in enumerate(zip(group["completion_ids"], group["context_lengths"], strict=True)):
+        if not 0 <= context <= len(ids):
+            raise InputError(
+                f"column 'context_lengths': {context} is not from 0 to the {len(ids)} tokens of completion {k}; give "
+                "how many of its first tokens are not scored"
+            )
+        logps, scored = group.get("ref_token_logps"), max(0, len(ids) - max(context, unpredicted))
+        if logps is not None and len(logps[k]) != scored:
+            raise InputError(
+                f"column 'ref_token_logps': {len(logps[k])} numbers for the {scored} scored tokens of completion {k}; "
+                "give one for each, or leave the column out to have it computed"
+            )
+    for name in REFERENCE_FIELDS:
+        logps = group.get(name) or []
+        check_logps(list(chain(*logps)) if name == "ref_token_logps" else logps, name)
     return group
-
-
-def _flat(values: Sequence[Any]) -> Sequence[Any]:
-    nested = any(isinstance(value, list | tuple | np.ndarray) for value in values)
-    return list(chain(*values)) if nested else values
 
 
 def choose_comparisons(group: Row, choice: ComparisonChoice) -> Row:
@@ -144,7 +160,8 @@ def keep_signal(group: Row) -> tuple[Row, list[int], list[str]]:
 class TruncateRows:
     """A batch of rows that hold whole groups → as many rows that hold what is used of them, and an account of the rest.
 
-    A dropped row comes back without comparisons. `reasons` names why it, or single comparisons of it, were dropped.
+    `source` is the format that the groups were read from, and `checked` whether `checked_group` has seen them. A
+    dropped row comes back without comparisons. `reasons` names why it, or single comparisons of it, were dropped.
     """
 
     def __init__(
@@ -156,11 +173,14 @@ class TruncateRows:
         vocab_size: int | None,
         positions: int | None,
         tokenizer: PreTrainedTokenizerBase,
+        source: Format,
+        checked: bool,
         name: str,
     ):
         self.max_length, self.truncation_mode, self.comparisons = max_length, truncation_mode, comparisons
         self.vocab_size, self.positions, self.tokenizer = vocab_size, positions, tokenizer
-        self.name, self.code = name, CODE
+        self.places = TOKENIZED.required if source is TOKENIZED else ("prompt_ids", "completion_ids")
+        self.checked, self.name, self.code = checked, name, CODE
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = (dict(zip(batch, map(plain, values), strict=True)) for values in zip(*batch.values(), strict=True))
@@ -169,7 +189,7 @@ class TruncateRows:
 
     def _row(self, row: Row, index: int) -> Row:
         where = f"{self.name} dataset, row {index}"
-        whole = choose_comparisons(checked_group(row, where), self.comparisons)
+        whole = choose_comparisons(row if self.checked else checked_group(row, where), self.comparisons)
         self._check_vocabulary(whole, where)
         prompt, longest = whole["prompt_ids"], np.inf if self.max_length is None else self.max_length
         if self.truncation_mode == "keep_start" and len(prompt) >= longest:
@@ -212,11 +232,12 @@ class TruncateRows:
             )
 
     def _check_vocabulary(self, group: Row, where: str) -> None:
-        for ids in (group["prompt_ids"], *group["completion_ids"]):
+        for place, ids in enumerate((group["prompt_ids"], *group["completion_ids"])):
             if ids and (min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size)):
                 wrong = min(ids) if min(ids) < 0 else max(ids)
+                column = self.places[min(place, len(self.places) - 1)]
                 size = "" if self.vocab_size is None else f" of {self.vocab_size} entries"
                 raise InputError(
-                    f"{where}: token id {wrong} is outside the model's vocabulary{size}; use the model's own "
-                    "tokenizer, or resize its embeddings when tokens were added"
+                    f"{where}: token id {wrong} in {column!r} is outside the model's vocabulary{size}; use the "
+                    "model's own tokenizer, or resize its embeddings when tokens were added"
                 )

@@ -16,7 +16,7 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.data.column_choice import choose_columns
 from dpo_fast.data.columns import column_names
 from dpo_fast.data.prepare import DataSummary, prepare
-from dpo_fast.data.values import is_transformed, plain_rows
+from dpo_fast.data.values import is_transformed, plain_rows, reading_rows
 from dpo_fast.errors import InputError
 from dpo_fast.losses import SORTED, WITH_OFFSETS, uses
 from dpo_fast.reference.reference import Reference
@@ -53,7 +53,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, columns: Mapping[str, 
                 "Dataset.from_list(rows)"
             )
         if getattr(dataset, "features", None) is not None and not is_transformed(dataset):
-            choose_columns(dataset.with_format(None), columns, name)
+            with reading_rows(name):
+                choose_columns(dataset.with_format(None), columns, name)
 
 
 def prepare_preferences(
