@@ -145,7 +145,7 @@ def _kind_of_value(value: Any) -> str:
         return "text"  # it may be in the next row
     try:
         return _kind(Features.from_arrow_schema(pa.table({"value": [value]}).schema)["value"])
-    except pa.ArrowException:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
         return "messages"  # values of different types: what else they are, they are no numbers
 
 

@@ -160,6 +160,8 @@ def prepare(
         rows = plain_rows(dataset)
         chosen = choose_columns(rows, columns, name)
         used = list(chosen.names.values())
+        if rows.features is None:
+            rows = rows.map(functools.partial(_with_all_of, used))
         rows = rows.select_columns(used)
         apply = functools.partial(_apply, num_proc=num_proc, name=name)
         if chosen.format is not PREPARED:
@@ -226,6 +228,11 @@ def _check_arguments(
         )
     if isinstance(dataset, IterableDataset) and group_by_prompt:
         raise InputError(f"group_by_prompt: the {name} dataset is a stream, of unknown rows; turn it off")
+
+
+def _with_all_of(columns: list[str], row: Row) -> Row:
+    """Return None in the columns that a row of a stream lacks, for the checks to name them."""
+    return {column: row.get(column) for column in columns}
 
 
 def _apply(

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,29 +84,26 @@ class TokenizeRows:
                 "argument of a chat template but of apply_chat_template, and would change what it returns; leave it out"
             )
         if example.conversational:
-            self._check_conversations(example)
+            template = example.template_arguments.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
+            if role := unknown_role([*example.prompt, *chain(*example.completions)], template):
+                raise InputError(
+                    f"messages: role {role!r} is unknown, and the chat template does not name it; use one of "
+                    f"{', '.join(sorted(KNOWN_ROLES))}"
+                )
         return example
 
-    def _check_conversations(self, example: Example) -> None:
-        """Refuse roles that the template does not know, and parts of text that it would write out as they are."""
-        arguments = example.template_arguments
-        template = arguments.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
-        said = [*example.prompt, *chain(*example.completions)]
-        if role := unknown_role(said, template):
-            raise InputError(
-                f"messages: role {role!r} is unknown, and the chat template does not name it; use one of "
-                f"{', '.join(sorted(KNOWN_ROLES))}"
-            )
-        if template is not None and any(map(in_parts, said)):
-            texts = [str(part) for message in said if in_parts(message) for part in map(_text_of, message["content"])]
-            for completion in example.completions:
-                whole = self.tokenizer.apply_chat_template(
-                    example.prompt + completion, **{**arguments, "tools": None}, tokenize=False
-                )
-                if any(whole.count(mark) > sum(text.count(mark) for text in texts) for mark in _WRITTEN_OUT):
+    def _refuse_parts_as_they_are(self, example: Example, sequences: list[list[int]]) -> None:
+        """Refuse a content in parts where the template wrote the list of parts instead of their text."""
+        for completion, ids in zip(example.completions, sequences, strict=True):
+            parts = [
+                part for message in example.prompt + completion if in_parts(message) for part in message["content"]
+            ]
+            if parts:
+                whole, said = self.tokenizer.decode(ids), "\n".join(part[part["type"]] for part in parts)
+                if any(whole.count(mark) > said.count(mark) for mark in _WRITTEN_OUT):
                     raise InputError(
-                        "messages: the chat template writes a content that is a list of parts out as it is; give the "
-                        "content of messages as text"
+                        "messages: the chat template writes a content in parts, [{'type': 'text', …}], as it is; give "
+                        "the content as text"
                     )
 
     def _split(self, example: Example, prompt: list[int], *whole: list[int]) -> Row:
@@ -133,14 +131,14 @@ class TokenizeRows:
         for key, members in alike.items():
             group = [examples[k] for k in members]
             if key == "text":
-                tokenized = self._tokenize_text(group)
+                tokenized = self._tokenize_text(group, [indices[k] for k in members])
             else:
                 tokenized = self._tokenize_conversations(group, [indices[k] for k in members])
             for k, ids in zip(members, tokenized, strict=True):
                 sequences[k] = ids
         return sequences
 
-    def _tokenize_text(self, examples: list[Example]) -> list[list[list[int]]]:
+    def _tokenize_text(self, examples: list[Example], indices: list[int]) -> list[list[list[int]]]:
         eos = self.tokenizer.eos_token
         if eos is None:
             raise InputError(
@@ -150,7 +148,10 @@ class TokenizeRows:
         for example in examples:
             ended = [text if text.endswith(eos) else text + eos for text in example.completions]
             texts += [example.prompt, *(example.prompt + text for text in ended)]
-        tokenized = iter(self.tokenizer(text=texts)["input_ids"])
+        try:
+            tokenized = iter(self.tokenizer(text=texts)["input_ids"])
+        except Exception as error:
+            return self._one_by_one(self._tokenize_text, examples, indices, "the tokenizer", error)
         return [[next(tokenized) for _ in range(1 + len(example.completions))] for example in examples]
 
     def _tokenize_conversations(self, examples: list[Example], indices: list[int]) -> list[list[list[int]]]:
@@ -166,13 +167,22 @@ class TokenizeRows:
             prompts = self._render([example.prompt for example in examples], add_generation_prompt=True, **arguments)
             tokenized = iter(self._render(whole, **arguments))
         except Exception as error:
-            # A template may refuse a conversation with any exception: find the row to name it.
-            if len(examples) == 1:
-                raise InputError(f"{self.name} dataset, row {indices[0]}: the chat template failed: {error}") from error
-            pairs = zip(examples, indices, strict=True)
-            return [ids for example, index in pairs for ids in self._tokenize_conversations([example], [index])]
-        pairs = zip(examples, prompts, strict=True)
-        return [[prompt, *(next(tokenized) for _ in example.completions)] for example, prompt in pairs]
+            return self._one_by_one(self._tokenize_conversations, examples, indices, "the chat template", error)
+        found = []
+        for example, prompt, index in zip(examples, prompts, indices, strict=True):
+            sequences = [next(tokenized) for _ in example.completions]
+            self._at(index, self._refuse_parts_as_they_are, example, sequences)
+            found.append([prompt, *sequences])
+        return found
+
+    def _one_by_one(
+        self, tokenize: Callable, examples: list[Example], indices: list[int], what: str, error: Exception
+    ) -> list[list[list[int]]]:
+        """Find the row to name: templates and tokenizers may refuse one with any exception."""
+        if len(examples) == 1:
+            raise InputError(f"{self.name} dataset, row {indices[0]}: {what} failed: {error}") from error
+        pairs = zip(examples, indices, strict=True)
+        return [ids for example, index in pairs for ids in tokenize([example], [index])]
 
     def _render(self, conversations: list[list[dict]], **arguments: Any) -> list[list[int]]:
         output = self.tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **arguments)
@@ -183,10 +193,6 @@ def _common_prefix_length(left: list[int], right: list[int]) -> int:
     if right[: len(left)] == left:
         return len(left)
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(right))
-
-
-def _text_of(part: Any) -> str:
-    return part.get(part["type"], "")
 
 
 def _tokens(row: Row) -> Row:

@@ -55,7 +55,7 @@ def _checked_group(row: Row) -> Row:
         if value is not None:
             check_type(value, COLUMNS[name].type, name)
         elif COLUMNS[name].default is None:
-            raise InputError(f"column {name!r} is missing; give it in every row, or leave the column out")
+            raise InputError(f"column {name!r} is missing (None); give it in every row, or leave the column out")
     group = with_defaults(given)
     counts = {"completion": len(group["completion_ids"]), "comparison": len(group["comparisons"])}
     for name, value in group.items():

@@ -5,6 +5,7 @@ transformers and peft put random weights where a file has none that fit, and say
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from dpo_fast.errors import InputError
+from dpo_fast.errors import InputError, reading
 
 _NAMES_SHOWN = 3
 # What RuntimeErrors of transformers, peft and PyTorch begin with where weights do not fit.
 _UNFIT = ("Error(s) in loading state_dict", "We encountered some issues during automatic conversion of the weights")
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # dtypes in files of safetensors
+CURE = "give the folder of a whole checkpoint, as save_pretrained writes it; copy or download damaged files again"
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -36,10 +39,16 @@ def load_whole_model(name: str, options: Mapping[str, Any], argument: str, allow
         InputError: a weight is not in the checkpoint, has another shape there, or the checkpoint is another model's.
     """
     where = f"{argument}={name!r}"
-    with _refusing_unfit_weights(where):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        )
+    given = sorted(options.keys() - {"dtype", "trust_remote_code", "device_map"})
+    cure = f"{CURE}, and check model_init_kwargs ({', '.join(given)})" if given else CURE
+    with reading(argument, name, cure):
+        if (Path(name) / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(name)  # which from_pretrained of models leaves out where it is broken
+        with _refusing_unfit_weights(where):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            )
+        _refuse_integers(model, Path(name), where)
     if allow_missing:
         return model
     unfit, foreign = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -70,8 +79,11 @@ def load_whole_adapter(base: nn.Module, path: Path, argument: str, allow_missing
     where = f"{argument}={str(path)!r}"
     if not any(path.glob("adapter_model.*")):
         raise InputError(f"{where} holds no adapter_model.safetensors; give the folder that an adapter was saved to")
-    with _refusing_unfit_weights(where):
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=True)
+    with reading(argument, str(path), CURE), _refusing_unfit_weights(where):
+        try:
+            model = PeftModel.from_pretrained(base, str(path), is_trainable=True)
+        except KeyError as error:  # a module that was to be beside the adapter
+            raise InputError(f"{where} does not hold {error.args[0]}; {CURE}") from error
         if allow_missing:
             return model
         found = model.load_adapter(str(path), model.active_adapter, is_trainable=True)  # says what it found
@@ -92,12 +104,30 @@ def _refusing_unfit_weights(where: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise InputError(f"{where} has a damaged file of weights ({error}); copy or download it again") from error
-    except KeyError as error:  # peft, of a module that it was to find beside the adapter
-        raise InputError(f"{where} does not hold {error.args[0]}; {cure}") from error
     except RuntimeError as error:
         if not str(error).startswith(_UNFIT):
             raise
         raise InputError(f"{where} has weights that do not fit: {error}; {cure}") from error
+
+
+def _refuse_integers(model: PreTrainedModel, folder: Path, where: str) -> None:
+    """Refuse files that have integers where a model that is not quantised has floats: they would be taken for weights.
+
+    Raises:
+        InputError: there is such a weight.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    floats = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name in floats & header.keys():
+            if header[name]["dtype"] in _INTEGERS:
+                raise InputError(
+                    f"{where} has the weight {name} as {header[name]['dtype']} in {file.name}, and the configuration "
+                    f"has no quantization_config; {CURE}"
+                )
 
 
 def _other_model(model: PreTrainedModel, foreign: Collection[str]) -> str | None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin,
 from dpo_fast.config import DPOConfig
 from dpo_fast.config.rules import NARROWER_TYPES, check_loss
 from dpo_fast.config.types import check_types
-from dpo_fast.errors import InputError
+from dpo_fast.errors import InputError, reading
 from dpo_fast.training.run_record import check_names
 
 # Arguments of earlier trainers, and where they went.
@@ -79,16 +79,35 @@ def tokenizer_of(
         processing_class = processing_class.tokenizer
     if processing_class is None:
         beside = isinstance(given, str) and (Path(given).expanduser() / "tokenizer_config.json").is_file()
-        processing_class = AutoTokenizer.from_pretrained(
-            str(Path(given).expanduser()) if beside else model.config._name_or_path,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
+        name = str(Path(given).expanduser()) if beside else model.config._name_or_path
+        processing_class = load_tokenizer(
+            name, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise InputError(f"processing_class is a {type(processing_class).__name__}; give the model's tokenizer")
     if processing_class.pad_token is None:
         processing_class.pad_token = processing_class.eos_token
     return processing_class
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or of a name on the Hub, with its vocabulary.
+
+    Args:
+        name: folder or name.
+        options: keyword arguments of `from_pretrained`.
+
+    Raises:
+        InputError: its files are not there, or cannot be read.
+    """
+    cure = "give the model's folder its tokenizer files again, or pass processing_class=…"
+    with reading("processing_class", name, cure):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    files = sorted({*tokenizer.vocab_files_names.values()})
+    if files and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        # transformers makes some tokenizers without a vocabulary.
+        raise InputError(f"processing_class={name!r} holds none of the vocabulary files {', '.join(files)}; {cure}")
+    return tokenizer
 
 
 def refuse_other_arguments(given: Mapping[str, Any]) -> None:
