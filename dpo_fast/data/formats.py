@@ -316,10 +316,10 @@ def detect_format(columns: Collection[str]) -> Format:
             "completions, scores). Put the rows of each prompt into one row, with their labels as scores, or train "
             "with a KTO trainer"
         )
-    accepted = "".join(f"\n  {candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
+    accepted = "; ".join(f"{candidate.name}: {', '.join(candidate.required)}" for candidate in FORMATS)
     raise InputError(
         f"dataset: {found}. Rename the columns, or map them (--columns chosen=better rejected=worse), to one of the "
-        f"accepted formats:{accepted}"
+        f"accepted formats ({accepted})"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dpo_fast.errors import InputError, reading
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = ", ".join(FILE_FORMATS)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # says there what it raises too
 AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 

@@ -103,7 +103,7 @@ def random_row(rng: random.Random) -> tuple[str, dict]:
         value, change = row[column], rng.random()
         if change < 0.15 and isinstance(value, list) and value:
             row[column] = [*value[:-1], random_value(rng)]
-        elif change < 0.25 and isinstance(value, list) and value and isinstance(value[0], dict):
+        elif change < 0.25 and isinstance(value, list) and value and isinstance(value[0], dict) and value[0]:
             row[column] = [{**value[0], rng.choice(list(value[0])): random_value(rng)}]
         elif change < 0.3 and len(row) > 1:
             del row[column]
@@ -161,7 +161,7 @@ def test_random_rows_are_used_as_given_or_refused():
         try:
             groups = prepared(dataset)
         except InputError as error:
-            assert "\n" not in str(error).split("accepted formats:")[0]
+            assert "\n" not in str(error)
             counts["refused"] += 1
         except Exception as error:
             error.add_note(f"of the row {row!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 
+from dpo_fast.data import prepare as preparation
+from dpo_fast.data.loading import load_preference_dataset
 from dpo_fast.data.prepare import prepare, prepare_dataset
+from dpo_fast.errors import InputError
 from dpo_fast.trainer import DPOTrainer
 from dpo_fast.training.stream_batches import StreamBatches
 from families import tiny_tokenizer
@@ -113,6 +117,57 @@ def test_every_batch_is_that_of_one_process_and_each_row_goes_to_one_rank(ranks)
         found.append(batch)
     assert list(map(len, found)) == [8, 8, 1]
     assert json.dumps(sum(found, [])) == json.dumps(list(groups))
+
+
+UNUSABLE = {"prompt": "w5 w6", "chosen": " w7", "rejected": " w7"}
+
+
+def batches_of(rows, ranks: int = 1, rank: int = 0) -> StreamBatches:
+    groups = prepare(IterableDataset.from_generator(rows), tiny_tokenizer(), max_length=64)[0]
+    place = SimpleNamespace(process_index=rank, num_processes=ranks)
+    return StreamBatches(groups, 4, lambda prompt, completions: 1, place)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_stream_without_a_usable_row_is_refused_on_every_rank(monkeypatch, ranks):
+    monkeypatch.setattr(preparation, "MOST_UNUSED", 500)
+    for rank in range(ranks):
+        with pytest.raises(InputError, match="stream ended without a usable row; raise max_length"):
+            list(batches_of(lambda: iter([UNUSABLE] * 100), ranks, rank))
+        with pytest.raises(InputError, match=r"none of 500 rows of the train stream.*\(500 × identical completions\)"):
+            list(batches_of(lambda: repeat(UNUSABLE), ranks, rank))
+
+
+def test_usable_rows_may_come_late_and_an_epoch_must_have_some(monkeypatch):
+    monkeypatch.setattr(preparation, "MOST_UNUSED", 500)
+    late = [*[UNUSABLE] * 499, ROWS[0], *[UNUSABLE] * 499, ROWS[0]]
+    epochs = [late, late, [UNUSABLE]]
+    batches = batches_of(lambda: iter(epochs.pop(0)) if epochs[0] is not late else iter(late))
+    assert [len(batch) for batch in batches] == [2] == [len(batch) for batch in batches]
+    del epochs[:2]
+    with pytest.raises(InputError, match="without a usable row"):
+        list(batches)
+
+
+def test_training_and_evaluation_end_where_no_row_is_usable(tmp_path):
+    unusable = as_stream(Dataset.from_list([UNUSABLE] * 3))
+    with pytest.raises(InputError, match="stream ended without a usable row"):
+        make_trainer(tmp_path, unusable).train()
+    with pytest.raises(InputError, match="stream ended without a usable row"):
+        make_trainer(tmp_path, pairs(4), eval_dataset=unusable).evaluate()
+    with pytest.raises(InputError, match="stream has no rows"):
+        make_trainer(tmp_path, IterableDataset.from_generator(lambda: iter([])))
+
+
+def test_a_row_that_cannot_be_read_ends_training_by_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,chosen,rejected\nw5,w6,w7\nw5,w6,"w7\n')  # a quote that is not closed
+    stream = load_preference_dataset(str(path), split="train", streaming=True)
+    with pytest.raises(InputError, match="^dataset='stream' cannot be read .*EOF inside string.*; give rows"):
+        make_trainer(tmp_path, stream).train()
+    stream = as_stream(Dataset.from_list([*ROWS[:1] * 70, {**ROWS[0], "chosen": None}]))
+    with pytest.raises(InputError, match="train dataset, row 70: column 'chosen'"):
+        make_trainer(tmp_path, stream, max_steps=30).train()
 
 
 class Calls:
