@@ -17,8 +17,8 @@ from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from dpo_fast.data.columns import Row
 from dpo_fast.data.formats import FORMATS, PREPARED, Format, detect_format
-from dpo_fast.data.values import element_type, plain
-from dpo_fast.errors import InputError
+from dpo_fast.data.values import element_type, plain, shown
+from dpo_fast.errors import InputError, reading
 
 SYSTEM_TEXTS = ("system", "system_prompt", "system_message")
 # Names of what may belong to a prompt; those that are likeliest the prompt itself come first.
@@ -70,7 +70,7 @@ def choose_columns(dataset: Dataset | IterableDataset, given: Mapping[str, str] 
         InputError: `given` names a column that is not there, the columns make no format, or one of them may belong to
             the prompt in more than one way.
     """
-    columns = _Columns(dataset)
+    columns = _Columns(dataset, name)
     if not columns.kinds or (isinstance(dataset, Dataset) and not len(dataset)):
         kind = "dataset" if isinstance(dataset, Dataset) else "stream"
         raise InputError(f"dataset: the {name} {kind} has no rows; it must have at least one")
@@ -100,12 +100,13 @@ def choose_columns(dataset: Dataset | IterableDataset, given: Mapping[str, str] 
 class _Columns:
     """The columns of a dataset: `kinds` by name, which are text, texts, messages, numbers or nothing."""
 
-    def __init__(self, dataset: Dataset | IterableDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset | IterableDataset, name: str):
+        self.dataset, self.name = dataset, name
         if dataset.features is not None:
             self.kinds = {name: _kind(feature) for name, feature in dataset.features.items()}
         else:
-            self.kinds = {name: _kind_of_value(value) for name, value in next(iter(dataset), {}).items()}
+            first = self.sample(1)
+            self.kinds = {name: _kind_of_value(value) for name, value in (first[0] if first else {}).items()}
 
     def conversational(self, names: Mapping[str, str]) -> bool:
         return any(
@@ -120,10 +121,18 @@ class _Columns:
             return True
         return isinstance(self.dataset, Dataset) and not any(any(_texts(value)) for value in self.dataset[column])
 
-    def sample(self) -> list[Row]:
+    def sample(self, count: int = SAMPLE) -> list[Row]:
         if isinstance(self.dataset, Dataset):
-            return [self.dataset[index] for index in range(min(SAMPLE, len(self.dataset)))]
-        return list(islice(self.dataset, SAMPLE))
+            return [self.dataset[index] for index in range(min(count, len(self.dataset)))]
+        with reading("dataset", self.name, "give a stream of dicts, whose keys are names of columns"):
+            rows = list(islice(self.dataset, count))
+        for index, row in enumerate(rows):
+            if not isinstance(row, dict) or not all(isinstance(column, str) for column in row):
+                raise InputError(
+                    f"dataset: the {self.name} stream, row {index}: expected a dict with names of columns as keys, got "
+                    f"{shown(row)}; give one for each row"
+                )
+        return rows
 
 
 def _kind(feature: Any) -> str:

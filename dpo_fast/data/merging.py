@@ -64,15 +64,20 @@ class _MergeRows:
         }
 
 
-def merge_by_prompt(rows: Dataset, comparisons: ComparisonChoice, num_proc: int | None, name: str) -> Dataset:
+def merge_by_prompt(
+    rows: Dataset, comparisons: ComparisonChoice, num_proc: int | None, checked: bool, name: str
+) -> Dataset:
     """Groups with the same prompt as one, in the order of their first appearance.
 
-    Rows without comparisons stay apart, to be counted as dropped; rows without a shared prompt have nothing to share.
+    `checked` says whether `checked_group` need not look at them. Rows without comparisons stay apart, to be counted as
+    dropped; rows without a shared prompt have nothing to share.
     """
     members: dict[Any, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        row = checked_group(row, f"{name} dataset, row {index}")
-        alone = not row["prompt_ids"] or not row["comparisons"] or any(row["context_lengths"])
+    columns = [column for column in ("prompt_ids", "comparisons", "context_lengths") if column in rows.column_names]
+    for index, row in enumerate(rows.select_columns(columns) if checked else rows):
+        if not checked:
+            checked_group(row, f"{name} dataset, row {index}")
+        alone = not row["prompt_ids"] or not row["comparisons"] or any(row.get("context_lengths") or ())
         digest = hashlib.blake2b(np.asarray(row["prompt_ids"], np.int32).tobytes(), digest_size=16).digest()
         members[index if alone else digest].append(index)
     supplied = [name for name in REFERENCE_FIELDS if name in rows.column_names]

@@ -164,7 +164,8 @@ def prepare(
             rows = rows.map(functools.partial(_with_all_of, used))
         rows = rows.select_columns(used)
         apply = functools.partial(_apply, num_proc=num_proc, name=name)
-        if chosen.format is not PREPARED:
+        checked = chosen.format is not PREPARED  # then groups come from `TokenizeRows`, which checks what they hold
+        if checked:
             features = tokenized_features(chosen.names)
             rows = apply(rows, TokenizeRows(tokenizer, chosen, name), used, features, "Tokenizing")
             if isinstance(rows, Dataset):
@@ -172,7 +173,7 @@ def prepare(
             rows = rows.remove_columns("lost_prompt")
         choice = "all_pairs" if chosen.format is PREPARED else comparisons
         if group_by_prompt:
-            rows, choice = merge_by_prompt(rows, choice, num_proc, name), "all_pairs"
+            rows, choice = merge_by_prompt(rows, choice, num_proc, checked, name), "all_pairs"
         features = group_features(rows.column_names or chosen.names)
         cut = TruncateRows(
             max_length=max_length,
@@ -182,7 +183,7 @@ def prepare(
             positions=positions,
             tokenizer=tokenizer,
             source=chosen.format,
-            checked=group_by_prompt,
+            checked=checked or group_by_prompt,
             name=name,
         )
         rows = apply(rows, cut, rows.column_names or [], Features(features | ACCOUNT), "Truncating")

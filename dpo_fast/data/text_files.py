@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 from datasets import Features, Value
 
+from dpo_fast.data.values import beginning
 from dpo_fast.errors import InputError
 
 # What files of the usual compressions begin with; `datasets` unpacks them, whatever their names.
@@ -28,10 +30,11 @@ _FIRST_ROWS = 10_000  # of a CSV file that is read as a stream
 
 
 def check_json_file(path: Path) -> None:
-    """Refuse a file that holds something else than objects or a list, or bytes that are not UTF-8.
+    """Refuse a file that holds something else than objects or a list of them, or bytes that are not UTF-8.
 
     Raises:
-        InputError: on what it begins with.
+        InputError: on what it begins with, or a row that is no object.
+        ValueError: on a list that is no JSON, or an object that has a key twice.
         UnicodeDecodeError: on its encoding.
     """
     with path.open("rb") as file:
@@ -50,6 +53,24 @@ def check_json_file(path: Path) -> None:
         while chunk := file.read(_CHUNK):
             decoder.decode(chunk)
         decoder.decode(b"", final=True)
+    if text[0] == "[":
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
+        for index, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"name_or_path: '{path}', row {index}: expected a JSON object, got {beginning(row)}; give one "
+                    "per row"
+                )
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; Arrow refuses one that holds a key twice, but what reads lists takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is specified twice in {beginning(found)}")
+    return found
 
 
 def csv_options(paths: Sequence[Path], numbers: Collection[str], streaming: bool) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _checked_group(row: Row) -> Row:
         if value is not None:
             check_type(value, COLUMNS[name].type, name)
         elif COLUMNS[name].default is None:
-            raise InputError(f"column {name!r} is missing (None); give it in every row, or leave the column out")
+            raise InputError(f"column {name!r} is missing; give it in every row (not None), or leave the column out")
     group = with_defaults(given)
     counts = {"completion": len(group["completion_ids"]), "comparison": len(group["comparisons"])}
     for name, value in group.items():
@@ -160,8 +160,8 @@ def keep_signal(group: Row) -> tuple[Row, list[int], list[str]]:
 class TruncateRows:
     """A batch of rows that hold whole groups → as many rows that hold what is used of them, and an account of the rest.
 
-    `source` is the format that the groups were read from, and `checked` whether `checked_group` has seen them. A
-    dropped row comes back without comparisons. `reasons` names why it, or single comparisons of it, were dropped.
+    `source` is the format that the groups were read from, and `checked` whether `checked_group` need not look at them.
+    A dropped row comes back without comparisons. `reasons` names why it, or single comparisons of it, were dropped.
     """
 
     def __init__(

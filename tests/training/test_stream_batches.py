@@ -155,8 +155,13 @@ def test_training_and_evaluation_end_where_no_row_is_usable(tmp_path):
         make_trainer(tmp_path, unusable).train()
     with pytest.raises(InputError, match="stream ended without a usable row"):
         make_trainer(tmp_path, pairs(4), eval_dataset=unusable).evaluate()
-    with pytest.raises(InputError, match="stream has no rows"):
-        make_trainer(tmp_path, IterableDataset.from_generator(lambda: iter([])))
+    for rows, words in (
+        ([], "stream has no rows"),
+        ([1], "row 0: expected a dict .* int 1"),
+        ([{1: 2}], "row 0: .*{1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            make_trainer(tmp_path, IterableDataset.from_generator(lambda rows=rows: iter(rows)))
 
 
 def test_a_row_that_cannot_be_read_ends_training_by_name(tmp_path):
