@@ -51,18 +51,18 @@ def _check(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any) -> int:
     """Loads the models, scores and prints; the first process writes the file."""
     from accelerate import PartialState
-    from transformers import AutoTokenizer
 
     from dpo_fast.model.loading import load_model
     from dpo_fast.scoring import implicit_rewards
     from dpo_fast.training.datasets import check_datasets
+    from dpo_fast.training.trainer_arguments import load_tokenizer
 
     check_datasets(dataset, None, arguments.config.columns)
     config, name = arguments.config, arguments.model.model_name_or_path
     quantization = arguments.model.quantization_config()
     model = load_model(name, config, quantization)
     ref_model = options.ref_model and load_model(options.ref_model, config, quantization, "ref_model")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     found = implicit_rewards(model, dataset, tokenizer, config, ref_model, name=options.split)
     if PartialState().is_main_process:
         if options.output is not None:

@@ -130,7 +130,12 @@ def load_splits(arguments: TrainArguments) -> Any:
     from dpo_fast.data.loading import load_preference_dataset
 
     data = arguments.data
-    return load_preference_dataset(data.dataset_name, config_name=data.dataset_config, streaming=data.dataset_streaming)
+    return load_preference_dataset(
+        data.dataset_name,
+        config_name=data.dataset_config,
+        streaming=data.dataset_streaming,
+        columns=arguments.config.columns,
+    )
 
 
 def choose_split(dataset: Any, name: str, flag: str) -> Dataset | IterableDataset:
