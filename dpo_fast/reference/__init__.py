@@ -2,6 +2,7 @@
 
 store/                        log-probs on disk
 fingerprint, lanes            what the numbers depend on: weights in memory, hashed, and settings
-compute, readback, audit      running the reference on what is missing, checking what is there
+compute, readback             running the reference on what is missing
+audit, audit_notes            checking what is there
 reference                     all of it for one model
 """
