@@ -146,7 +146,8 @@ class Harm(TrainerCallback):
         if state.global_step == self.step - 1:
             for name, weight in model.named_parameters():
                 if self.name in name and weight.requires_grad:
-                    getattr(weight, "to_local", lambda weight=weight: weight)().view(-1)[:1] = self.value
+                    part = getattr(weight, "ds_tensor", weight)  # of ZeRO-3
+                    getattr(part, "to_local", lambda part=part: part)().view(-1)[:1] = self.value
 
 
 def steps_with(trainer, bad: dict[int, float]) -> None:
