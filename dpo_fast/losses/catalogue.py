@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dpo_fast.errors import InputError
+
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -92,22 +94,22 @@ class LossParameters:
             value = getattr(self, parameter)
             number = isinstance(value, int | float | Tensor)
             if not number or not (low <= value if closed else low < value) or not value < high:
-                raise ValueError(f"{parameter}={value!r} must {allowed}")
+                raise InputError(f"{parameter}={value!r} must {allowed}")
         if self.f_divergence_type not in get_args(FDivergence):
-            raise ValueError(
+            raise InputError(
                 f"f_divergence_type={self.f_divergence_type!r} is not known; choose from {list(get_args(FDivergence))}"
             )
         if self.label_smoothing and not any(uses(name, "label_smoothing") for name in names):
-            raise ValueError(
+            raise InputError(
                 f"label_smoothing={self.label_smoothing!r} means nothing to loss_type={list(names)}; set it to 0, "
                 f"or choose from {list(losses_using('label_smoothing'))}"
             )
         if "exo_pair" in names and not self.label_smoothing:
-            raise ValueError(
+            raise InputError(
                 "label_smoothing=0.0 is not possible with loss_type 'exo_pair'; 1e-3 is the paper's choice"
             )
         if "aot" in names and self.f_divergence_type != "reverse_kl":
-            raise ValueError(
+            raise InputError(
                 f"f_divergence_type={self.f_divergence_type!r} has no ratio to score in 'aot', which sorts the "
                 "margins of policy and reference apart; take 'aot_unpaired', or 'reverse_kl'"
             )
@@ -228,10 +230,10 @@ def named_loss(loss: str | Loss) -> str:
     name = getattr(loss, "__name__", None) if callable(loss) else loss
     if callable(loss) and name is not None:
         if name in _BUILT_IN and LOSSES[name] is not loss:
-            raise ValueError(f"loss_type: {name} is the name of a loss of dpo_fast; rename the function.")
+            raise InputError(f"loss_type: {name} is the name of a loss of dpo_fast; rename the function.")
         LOSSES[name] = loss
     if not isinstance(name, str) or name not in LOSSES:
-        raise ValueError(f"loss_type={loss!r} is not known; choose from {sorted(LOSSES)}, or give a named function.")
+        raise InputError(f"loss_type={loss!r} is not known; choose from {sorted(LOSSES)}, or give a named function.")
     return name
 
 
@@ -290,14 +292,14 @@ def dpo_loss(
     tuned_by = LossParameters(beta=beta, label_smoothing=label_smoothing, **parameters)
     tuned_by.check([name])
     if offsets is not None and not uses(name, "offsets"):
-        raise ValueError(
+        raise InputError(
             f"offsets mean nothing to {name}; leave them out, or choose from {list(losses_using('offsets'))}"
         )
     for argument, tensor in {**tensors, "offsets": offsets}.items():
         if tensor is None and argument != "offsets" and uses(name, "lengths"):
-            raise ValueError(f"{argument} is missing: {name} counts tokens; give both lengths")
+            raise InputError(f"{argument} is missing: {name} counts tokens; give both lengths")
         if tensor is not None and tensor.shape != policy_chosen_logps.shape:
-            raise ValueError(
+            raise InputError(
                 f"{argument} must have the shape {tuple(policy_chosen_logps.shape)} of policy_chosen_logps, "
                 f"got {tuple(tensor.shape)}"
             )
