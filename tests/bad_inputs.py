@@ -124,7 +124,7 @@ def _of_options() -> list[BadInput]:
             annotation, name = kinds[option.name], option.name
             if (kind := _kind(annotation)) is not None:
                 values = _WRONG[kind]
-                for value in {values[number % len(values)], values[(number * 3 + 1) % len(values)]}:
+                for value in dict.fromkeys((values[number % len(values)], values[(number * 3 + 1) % len(values)])):
                     if value.startswith("-") and (name in _TAKES_NEGATIVE or "at least" not in _described(annotation)):
                         value = "much"
                     if value == "true" and "true or false" in _described(annotation):

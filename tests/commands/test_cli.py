@@ -30,7 +30,7 @@ def library(monkeypatch):
     """Stands in for the trainer and the data: records what the command line asks of them."""
     record = types.SimpleNamespace(calls=[], dataset=DatasetDict(train=Dataset.from_list(ROWS)), fails={})
 
-    def load_preference_dataset(name, *, config_name=None, split=None, streaming=False):
+    def load_preference_dataset(name, *, config_name=None, split=None, streaming=False, columns=None):
         record.calls.append(("load", name, config_name, split))
         return record.dataset
 

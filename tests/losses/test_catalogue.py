@@ -89,7 +89,7 @@ def _without_last(c: losses.Comparisons) -> losses.Comparisons:
     ("parameter", "value", "names", "words"),
     [
         ("beta", 0.0, ["sigmoid"], "beta=0.0 must be a finite number above 0"),
-        ("beta", "0.1", ["sigmoid"], "beta='0.1' must be a finite number"),
+        ("beta", "much", ["sigmoid"], "beta='much' must be a finite number"),
         ("beta", float("nan"), ["sigmoid"], "beta=nan must"),
         ("beta", float("inf"), ["sigmoid"], "beta=inf must"),
         ("beta", None, ["sigmoid"], "beta=None must"),
@@ -98,9 +98,9 @@ def _without_last(c: losses.Comparisons) -> losses.Comparisons:
         ("label_smoothing", 0.5, ["robust"], r"label_smoothing=0.5 must lie in \[0, 0.5\)"),
         ("label_smoothing", 0.1, ["hinge", "ipo"], "label_smoothing=0.1 means nothing to"),
         ("label_smoothing", 0.0, ["exo_pair"], "label_smoothing=0.0 is not possible with loss_type 'exo_pair'"),
-        ("f_divergence_type", "kl", ["sigmoid"], "f_divergence_type='kl' is not known"),
+        ("f_divergence_type", "kl", ["sigmoid"], "f_divergence_type='kl' (is not known|must be one of)"),
         ("f_divergence_type", "js_divergence", ["aot"], "f_divergence_type='js_divergence' has no ratio"),
-        ("simpo_gamma", float("nan"), ["simpo"], "simpo_gamma=nan must be a finite number, 0 or more"),
+        ("simpo_gamma", float("nan"), ["simpo"], "simpo_gamma=nan must be a finite number"),
         ("discopop_tau", 0.0, ["discopop"], "discopop_tau=0.0 must be a finite number above 0"),
     ],
 )
@@ -113,6 +113,12 @@ def test_one_check_serves_the_configuration_the_function_and_the_module(tmp_path
         dpo_loss(*torch.zeros(4, 1), loss_type=names[0], **{parameter: value})
     with pytest.raises(ValueError, match="couples all pairs" if uses(names[0], "step") else words):
         FusedLinearDPOLoss(loss_type=names[0], **{parameter: value})
+
+
+def test_text_is_no_parameter_but_the_configuration_reads_it(tmp_path):
+    with pytest.raises(ValueError, match="beta='0.1' must be a finite number"):
+        LossParameters(beta="0.1").check(["sigmoid"])
+    assert DPOConfig(output_dir=str(tmp_path), report_to="none", beta="0.1").beta == 0.1
 
 
 def test_parameters_may_be_tensors():
