@@ -1,4 +1,4 @@
-"""Mistakes in the input: what the command line reports in one line, and does not show a traceback for."""
+"""Mistakes in the input, and the end of a run that diverged: one line at the command line, and no traceback."""
 
 from __future__ import annotations
 

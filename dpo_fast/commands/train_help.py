@@ -102,7 +102,9 @@ def _options_of_source(path: Path, name: str) -> dict[str, Option]:
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
-            default = given["default"] if "default" in given else given["default_factory"].body
+            factory = given.get("default_factory")
+            made = factory.body if isinstance(factory, ast.Lambda) else ast.List(elts=[])
+            default = given.get("default", made)
             try:
                 text = ast.literal_eval(given["metadata"])["help"]
                 is_switch = ast.unparse(node.annotation).startswith("bool")

@@ -138,7 +138,7 @@ def _mapping(value: Any) -> Any:
 
 _PLAIN = {
     int: Annotated[int, BeforeValidator(_number)],
-    float: Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)],
+    float: Annotated[int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_number)],
     bool: Annotated[bool, BeforeValidator(_truth)],
     str: Annotated[str, BeforeValidator(_as_text)],
     None: None,
@@ -160,7 +160,7 @@ def _accepted(kind: Any) -> Any:
         others = tuple(part for part in parts if part not in (str, NoneType) and isinstance(part, type))
         return Annotated[Any, AfterValidator(lambda value: value if isinstance(value, others) else _mapping(value))]
     if origin is Annotated and kind.__metadata__[-1] is _INFINITE_TOO:
-        return Annotated[float, BeforeValidator(_number), *kind.__metadata__[:-1]]
+        return Annotated[int | float, BeforeValidator(_number), *kind.__metadata__[:-1]]
     if origin is Annotated:
         return Annotated[_accepted(parts[0]), *kind.__metadata__]
     if origin in (Union, UnionType):

@@ -1,6 +1,6 @@
 """Checksums of the files of a checkpoint, in one file beside them: what was damaged since is not resumed from.
 
-    {"checksum": of what follows, "sealed": {"files": {name: [bytes, xxh3]}, "finite": …, "weights_only": …}}
+    {"checksum": of what follows, "sealed": {"files": {name: [bytes, xxh3]}, "weights_only": …}}
 
 The seal is written when all ranks have written their files, and trainer_state.json, which it covers too, after it. Each
 rank reads a share of the files.
@@ -20,10 +20,9 @@ from typing import Any
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 from transformers import TrainerState
 
-from dpo_fast.training.checkpoints import STATE_FILE, is_finite
+from dpo_fast.training.checkpoints import STATE_FILE
 
 SEAL_FILE = "dpo_fast_checksums.json"
 _NEW_STATE = f"{STATE_FILE}.new"
@@ -31,17 +30,6 @@ _SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers' JITCheckpointCall
 _CHUNK = 2**22  # bytes
 
 Checksums = dict[str, list[Any]]  # size in bytes and hash, by path in the checkpoint
-
-
-def all_finite(model: nn.Module) -> bool:
-    """Return whether what this rank has of the trained weights is finite."""
-    trained = (weight for weight in model.parameters() if weight.requires_grad)
-    return all(is_finite(_local(weight)) for weight in trained)
-
-
-def _local(weight: nn.Parameter) -> Tensor:
-    weight = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3's shard
-    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 @dataclass
@@ -52,14 +40,12 @@ class Seal:
         folder: the checkpoint.
         record: what the run is, for a file of its own.
         record_file: name of that file.
-        finite: whether all trained weights are finite.
         weights_only: whether the checkpoint is without optimizer, schedule and generators.
     """
 
     folder: Path
     record: dict[str, Any]
     record_file: str
-    finite: bool
     weights_only: bool
     _known: Checksums = field(default_factory=dict)
 
@@ -91,7 +77,7 @@ class Seal:
         files = {name: self._known[name] for name in names if name in self._known and name != self.record_file}
         files |= checksums_of(self.folder, [name for name in names if name not in files])
         files[STATE_FILE] = checksums_of(self.folder, [_NEW_STATE])[_NEW_STATE]
-        sealed = {"files": files, "finite": self.finite, "weights_only": self.weights_only}
+        sealed = {"files": files, "weights_only": self.weights_only}
         _write(self.folder / SEAL_FILE, _sealed_text(sealed))
 
 
@@ -105,8 +91,6 @@ def damage(folder: Path, accelerator: Accelerator) -> str | None:
         intact = False
     if not intact:
         return f"a damaged {SEAL_FILE}"
-    if not sealed["finite"]:
-        return "weights that are not finite: its run had diverged"
     if sealed["weights_only"]:
         return "weights alone, as save_only_model=True keeps them: optimizer and schedule cannot go on"
     names = _share(sorted(sealed["files"]), accelerator)

@@ -31,7 +31,6 @@ class _Watch:
     """What is known of a run.
 
     Attributes:
-        resumed: whether weights of a checkpoint have been loaded that were not looked at.
         losses: those of the present step, scalars.
         steps: number, losses and gradient norm of every step that has not been looked at.
         in_a_row: last steps without a finite value, by what it is.
@@ -40,7 +39,6 @@ class _Watch:
         sound: last step after which the weights were seen to be finite.
     """
 
-    resumed: bool = False
     losses: list[Tensor] = field(default_factory=list)
     steps: list[tuple[int, list[Tensor], Tensor | float | None]] = field(default_factory=list)
     in_a_row: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MOST_IN_A_ROW, 0))
@@ -74,18 +72,11 @@ class FiniteTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._last_checkpoint = kwargs.get("resume_from_checkpoint") or None
-        self._watch = _Watch(resumed=self._last_checkpoint is not None)
+        self._watch = _Watch()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         watch = self._watch or _Watch()  # somebody's own loop, which looks for itself
-        if watch.resumed:
-            watch.resumed = False
-            if not weights_are_finite(self.model, self.accelerator):
-                raise InputError(
-                    f"resume_from_checkpoint={self._last_checkpoint!r} holds weights that are NaN or inf; resume from "
-                    "an earlier checkpoint, or begin again"
-                )
         loss = super().training_step(*args, **kwargs)
         watch.losses.append(loss)
         return loss
@@ -179,7 +170,10 @@ class FiniteTrainer(Trainer):
             what += f", and {then}"
         checkpoint, cure = self._last_checkpoint, "Begin again with that changed, a lower learning_rate first."
         if checkpoint:
-            cure += f" Resumed (--resume_from_checkpoint {checkpoint}), a run takes what is changed, but for the rate."
+            cure += (
+                f" Or go on from that checkpoint with what is changed, by name: --resume_from_checkpoint {checkpoint} "
+                "--resume_changed learning_rate"
+            )
         halves = any(weight.dtype == torch.float16 for weight in self.model.parameters() if weight.requires_grad)
         causes = likely_causes(self.args, untouched=step <= 1 and first != "weights", halves=halves)
         return TrainingDiverged(

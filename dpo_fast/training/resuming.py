@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from dpo_fast.errors import InputError
-from dpo_fast.training.checkpoint_seal import SEAL_FILE, Seal, all_finite, damage
+from dpo_fast.training.checkpoint_seal import SEAL_FILE, Seal, damage
 from dpo_fast.training.checkpoints import check_checkpoint, find_checkpoint, reopen_checkpoint, unfinished, useless
 from dpo_fast.training.run_record import (
     RESTORED,
@@ -148,8 +148,8 @@ class ResumingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         reopen_checkpoint(folder)
-        finite = all(gather_object([all_finite(model)]))  # and no rank writes before the folder is reopened
-        self._seal = Seal(folder, self._run_record, RECORD_FILE, finite, self.args.save_only_model)
+        self.accelerator.wait_for_everyone()  # no rank writes before the folder is reopened
+        self._seal = Seal(folder, self._run_record, RECORD_FILE, self.args.save_only_model)
         with self._seal.before(self.state):
             super()._save_checkpoint(model, trial)
 

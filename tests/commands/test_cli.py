@@ -160,7 +160,7 @@ def test_a_bad_configuration_file_is_refused(library, tmp_path, capsys, text, wo
         (["--config", "absent.yaml"], ["--config absent.yaml: no such file"]),
         (["--config"], ["--config", "expected one argument"]),
         (["--learnin_rate", "1"], ["unknown flag --learnin_rate", "--learning_rate"]),
-        (["--beta", "-1"], ["beta=-1.0 must be a finite number above 0"]),
+        (["--beta", "-1"], ["beta=-1 must be a finite number above 0"]),
         (["--loss_type", "dop"], ["loss_type='dop'", "sigmoid"]),
         (["--layout", "packed"], ["layout='packed' must be one of", "did you mean 'padded'?"]),
         (["--max_length", "long"], ["max_length='long' must be an integer of at least 2"]),
@@ -375,7 +375,7 @@ def test_doctor_judges_the_machine_and_a_model(tmp_path, monkeypatch, capsys):
 
     from transformers import LlamaConfig, MambaConfig
 
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "store"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}

@@ -27,6 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from dpo_fast import PreferenceGroup, add_dpo_forward, pack, use_shared_prefix
 from dpo_fast.config import DPOConfig
+from dpo_fast.config.rules import check_parallelism
 from dpo_fast.model.loading import load_model
 from dpo_fast_kernels import SequenceLoss
 from families import VOCAB, tiny_model
@@ -144,10 +145,10 @@ def test_a_parallelism_that_the_trainer_cannot_do_is_refused_before_anything_is_
 def test_that_of_deepspeed_is_refused_too(tmp_path, given):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
-    args._check_parallelism()
+    check_parallelism(args)
     args.deepspeed_plugin.deepspeed_config |= given
     with pytest.raises(ValueError, match=r"deepspeed\..*size=2.*FSDP2"):
-        args._check_parallelism()
+        check_parallelism(args)
 
 
 @pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])

@@ -207,7 +207,7 @@ def test_removing_the_folder_cures_where_no_other_program_uses_it(root):
 def test_the_same_at_a_remote_place(root):
     """Each of both cures."""
     right = truth(root, train_rows)
-    wrong, another = (f"memory://{uuid.uuid4().hex}" for _ in range(2))
+    wrong, another = (f"memory://audited-{uuid.uuid4().hex}" for _ in range(2))
 
     def remote(url: str):
         return lambda folder: make_trainer(folder, BAD, reference_cache_dir=url)

@@ -249,9 +249,10 @@ def test_an_interrupted_refresh_loses_no_rows(tmp_path, monkeypatch):
     assert_serves(ReferenceStore(tmp_path, DESCRIPTION), 60)
 
 
-def test_a_killed_writer_leaves_whole_parts(writer, tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_writer_leaves_whole_parts(writer, tmp_path, kills):
     """Killed at random moments, then left to finish: nothing is wrong, little is computed twice."""
-    kills, count = 20, 6000
+    count = 6000
     generator, hits = random.Random(0), 0
     root, noted = tmp_path / "killed", tmp_path / "noted"
     for _ in range(kills):

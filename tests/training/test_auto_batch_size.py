@@ -38,7 +38,16 @@ class NoMemory(TrainerCallback):
         return result
 
 
-@pytest.mark.parametrize(("setting", "after"), [*((setting, 4) for setting in SETTINGS), ("accumulated", 1)])
+QUICK = ("pairs", "a stream")
+
+
+@pytest.mark.parametrize(
+    ("setting", "after"),
+    [
+        *(pytest.param(name, 4, marks=[] if name in QUICK else pytest.mark.slow) for name in SETTINGS),
+        ("accumulated", 1),
+    ],
+)
 def test_nothing_of_the_failed_attempt_is_logged(tmp_path, setting, after):
     """Rate 0: transformers begins the second attempt with the weights of the first."""
     options = {

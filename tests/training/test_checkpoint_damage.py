@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from dpo_fast.errors import TrainingDiverged
 from dpo_fast.training.checkpoint_seal import SEAL_FILE
 from dpo_fast.training.checkpoints import is_finite
 from dpo_fast.training.resuming import RECORD_FILE
@@ -120,7 +121,7 @@ def test_weights_that_are_not_finite_make_no_good_checkpoint(run, tmp_path, capl
     is_found_out(run, last, caplog, "weights that are not finite in model.safetensors")
 
 
-def test_a_run_that_diverges_goes_on_from_before(tmp_path, caplog):
+def test_a_run_that_diverges_goes_on_from_before(tmp_path):
     class Diverge(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             if state.global_step == 2:
@@ -129,8 +130,12 @@ def test_a_run_that_diverges_goes_on_from_before(tmp_path, caplog):
 
     trainer = make_trainer(tmp_path, **SAVED)
     trainer.add_callback(Diverge())
-    trainer.train()
-    is_found_out(make_trainer(tmp_path, **SAVED), tmp_path / "out" / "checkpoint-2", caplog, "not finite")
+    with pytest.raises(TrainingDiverged, match="Last good checkpoint: .*checkpoint-1"):
+        trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
+    again = make_trainer(tmp_path, **SAVED)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == trainer.args.max_steps
 
 
 def test_weights_alone_are_not_resumed(tmp_path, caplog):

@@ -140,7 +140,7 @@ def test_time_left_is_missing_where_the_number_of_steps_is_not_known(capsys):
 def test_a_trainer_goes_on_from_its_checkpoint(tmp_path, capsys):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     capsys.readouterr()
-    make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, max_steps=4, resume_changed=["max_steps"]).train(resume_from_checkpoint=True)
     assert [row["step"] for row in parsed(capsys.readouterr().out)] == ["3/4", "4/4", "4/4"]
 
 
