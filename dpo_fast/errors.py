@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -101,6 +102,8 @@ class TrainingDiverged(RuntimeError):
 
 
 _WITHOUT_CAUSE = (InputError, ImportError, MemoryError)  # say all themselves, or are no matter of what is read
+# As PyTorch's and safetensors' writers say it, which raise no OSError.
+_FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing file")
 _LONGEST = 300  # characters of another library's message that are shown
 _CURES = {
     errno.ENOSPC: "free space on that disk, or have caches elsewhere (HF_HOME, HF_DATASETS_CACHE, TMPDIR)",
@@ -135,3 +138,17 @@ def reading(
         said = " ".join(str(error).split())
         said = f"{said[:_LONGEST]}…" if len(said) > _LONGEST else said
         raise InputError(f"{argument}={value!r} cannot be read ({type(error).__name__}: {said}); {cure}") from error
+
+
+@contextmanager
+def writing(argument: str, path: str) -> Iterator[None]:
+    """Turn the errors of a full disk, whichever library meets it, into an `InputError` of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error))
+        if not full:
+            raise
+        raise InputError(f"{argument}={path!r}: the disk is full ({error}); free space, and resume") from error

@@ -11,7 +11,7 @@ from dpo_fast.commands.arguments import TrainArguments
 from dpo_fast.commands.flags import CommandParser
 from dpo_fast.commands.launch import launch_if_needed
 from dpo_fast.commands.train import choose_split, load_splits, read_arguments
-from dpo_fast.errors import InputError, check_writable, refusing_input
+from dpo_fast.errors import InputError, check_writable, refusing_input, writing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +66,8 @@ def _score(options: argparse.Namespace, arguments: TrainArguments, dataset: Any)
     found = implicit_rewards(model, dataset, tokenizer, config, ref_model, name=options.split)
     if PartialState().is_main_process:
         if options.output is not None:
-            _write(found.rows(), Path(options.output))
+            with writing("--output", options.output):
+                _write(found.rows(), Path(options.output))
         print(f"{options.split}: {found.summary}")
         print(f"accuracy  {found.accuracy}\nmargin    {found.margin}    (95 % confidence)")
     return 0

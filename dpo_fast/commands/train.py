@@ -14,7 +14,7 @@ from dpo_fast.commands.arguments import TrainArguments, parse_train_arguments
 from dpo_fast.commands.launch import launch_if_needed
 from dpo_fast.commands.streams import Stopped, handling_signals
 from dpo_fast.commands.train_help import short_parser
-from dpo_fast.errors import InputError, refusing_input
+from dpo_fast.errors import InputError, refusing_input, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -35,9 +35,10 @@ def main(argv: list[str]) -> int:
         trainer = make_trainer(arguments, DPOTrainer)
     args = trainer.args
     print_summaries(trainer)
-    with without_progress_bars(), stopping_at_signals(trainer):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    with writing("output_dir", args.output_dir):
+        with without_progress_bars(), stopping_at_signals(trainer):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

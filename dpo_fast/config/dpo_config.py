@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from transformers import TrainingArguments
 
 from dpo_fast.batches.groups import ComparisonChoice
@@ -114,7 +114,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Processes that tokenise the dataset."},
     )
-    max_length: Annotated[int, Ge(2)] | None = field(
+    max_length: Annotated[int, Ge(2), Lt(2**31)] | None = field(
         default=1024,
         metadata={
             "help": "Most tokens of prompt and completion together; longer ones are cut. None cuts nothing. At most as "

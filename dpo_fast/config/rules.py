@@ -38,7 +38,7 @@ NARROWER_TYPES: dict[str, Any] = {
     "eval_accumulation_steps": Count | None,
     "torch_empty_cache_steps": Count | None,
     "num_train_epochs": Positive,
-    "max_steps": Annotated[int, Ge(-1)],
+    "max_steps": Annotated[int, Ge(-1), Lt(2**31)],
     "weight_decay": NotNegative,
     "adam_beta1": Share,
     "adam_beta2": Share,

@@ -22,8 +22,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, TypeAda
 
 from dpo_fast.errors import InputError
 
-Count = Annotated[int, Ge(1)]
-WholeNumber = Annotated[int, Ge(0)]
+_INDEX = Lt(2**31)  # what loops and lists of libraries take
+Count = Annotated[int, Ge(1), _INDEX]
+WholeNumber = Annotated[int, Ge(0), _INDEX]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]  # 1 is not one

@@ -42,7 +42,7 @@ from dpo_fast.model.engines import (
 from dpo_fast.model.probes import probe_groups
 from dpo_fast.reference.audit import StoreAudit
 from dpo_fast.reference.compute import Column, ReferencePass, Shard, reference_column, with_reference_logps
-from dpo_fast.reference.fingerprint import reference_description
+from dpo_fast.reference.fingerprint import reference_description, weights_fingerprint
 from dpo_fast.reference.store.keys import CompletionKeys
 from dpo_fast.reference.store.store import ReferenceStore
 from dpo_fast_kernels import attention_backend
@@ -173,6 +173,7 @@ class Reference:
 
     def compute(self, dataset: Dataset, name: str) -> CompletionKeys:
         """Puts into the store what it lacks of a dataset, this process's share, and returns the keys of all of it."""
+        self._check_weights()
         keys, run = CompletionKeys.of_tables(token_tables(dataset)), self._pass()
         self.store.expect_additions(keys.values)
         with on_device(self.model, self._accelerator.device) if self.model else contextlib.nullcontext():
@@ -187,6 +188,22 @@ class Reference:
                 self._audit.of_dataset(dataset, keys)
             self._wait_for_others()
         return keys
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are no longer those that the store is named after.
+
+        Raises:
+            InputError: they have changed since it was opened.
+        """
+        if self.model is None or self.weights is None:
+            return
+        with standing_in(self._copies):
+            now = weights_fingerprint(self.model, self._adapters)
+        if now != self.weights:
+            raise InputError(
+                "model: its weights have changed since the reference store was opened, which is named after them; make "
+                "a new Reference of it, or keep a copy of the model as it was"
+            )
 
     def _wait_for_others(self) -> None:
         """Runs with the ranks that still have batches, where that takes all ranks."""

@@ -19,6 +19,7 @@ from dpo_fast.commands.launch import LAUNCHED_MARKS
 from dpo_fast.commands.train import read_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import InputError
+from dpo_fast.reference.compute import ReferencePass
 from families import tiny_model, tiny_tokenizer
 from preferences import pairs
 
@@ -49,6 +50,9 @@ def surroundings(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("dpo_fast.reference.compute.ReferencePass.run", _must_not_run)
     monkeypatch.chdir(tmp_path)
+
+
+_RUN = ReferencePass.run
 
 
 def _must_not_run(*_: object) -> None:
@@ -120,3 +124,22 @@ def test_a_random_value_of_an_option_is_taken_or_refused(seed, files, tmp_path):
         except Exception as error:
             raise AssertionError(f"{values}: {type(error).__name__}: {error}") from error
     assert 5 < accepted < 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5, 10))
+def test_a_random_value_of_an_option_trains_or_is_refused_before_the_pass(seed, files, tmp_path, monkeypatch, capsys):
+    """Or it ends in weights that are not finite, and the command says so."""
+    generator, passes, statuses = random.Random(seed), [], []
+    names = [option.name for kind in (DataArguments, ModelArguments, DPOConfig) for option in fields(kind)]
+    names = [name for name in names if name not in _NOT_TRIED]
+    monkeypatch.setattr("dpo_fast.reference.compute.ReferencePass.run", lambda *args: (passes.append(1), _RUN(*args)))
+    flags = [*_filled(GOOD, files), "--max_steps", "1", "--config", "run.yaml", "--output_dir", "out"]
+    for _ in range(100):
+        values = {generator.choice(names): _random_value(generator)}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        passes.clear()
+        statuses.append(cli.main(["train", *flags]))
+        assert not (statuses[-1] == 2 and passes), f"{values}: refused after the reference pass"
+        assert (statuses[-1] == 1) == ("training diverged" in capsys.readouterr().err), values
+    assert 10 < statuses.count(0) < 90

@@ -449,3 +449,14 @@ def test_unknown_commands_and_help_end_as_usual(capsys):
 def test_what_became_of_the_rows_is_printed(library, capsys):
     assert run() == 0
     assert "train: 3 rows → 2 groups" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variables", "who"),
+    [({"RANK": "5"}, "dpo-fast"), ({"RANK": "5", "WORLD_SIZE": "8"}, "dpo-fast, rank 5")],
+)
+def test_every_rank_says_what_it_meets(monkeypatch, capsys, variables, who):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run("--beta", "much") == 2
+    assert capsys.readouterr().err.startswith(f"{who}: error: beta='much' must be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -128,6 +130,23 @@ def test_output_outlives_its_reader_and_its_encoding(monkeypatch):
     for _ in range(3):
         print("nobody reads this")
     assert sys.stdout.fileno() == writing and not sys.stdout.isatty()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file data/7"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_costs_one_line(folder, monkeypatch, capsys, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer._save", fail)
+    assert run(monkeypatch, "--output_dir", "run") == 2
+    assert "output_dir='run': the disk is full" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

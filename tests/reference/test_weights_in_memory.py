@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo_fast.errors import InputError
 from dpo_fast.reference.reference import Reference
 from families import tiny_model
 from preferences import make_trainer, pairs
@@ -138,3 +139,13 @@ def test_a_run_computes_what_another_checkpoint_of_the_same_name_left_behind(tmp
     second = make_trainer(tmp_path, pairs(6), model=str(folder))
     assert second.reference.store.computed == 12 and second.reference.store.folder != first.reference.store.folder
     assert make_trainer(tmp_path, pairs(6), model=str(folder)).reference.store.computed == 0
+
+
+def test_weights_that_change_under_an_open_store_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, pairs(4))
+    groups = trainer.train_dataset.remove_columns("ref_logps")
+    assert trainer.reference.with_logps(groups)["ref_logps"][:] == trainer.train_dataset["ref_logps"][:]
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] += 1e-3
+    with pytest.raises(InputError, match="model: its weights have changed since the reference store was opened"):
+        trainer.reference.with_logps(groups)
