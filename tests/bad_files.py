@@ -66,7 +66,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "scalars.jsonl": ("1\n2\n", r"begins with '1\\n2\\n', which is no row; give one JSON object per line"),
     "null.jsonl": ("null\n" + LINE, "begins with 'null"),
     "later null.jsonl": (LINE + "null\n", "row 1: column 'chosen': .*None"),
-    "later scalar.jsonl": (LINE + "5\n", "JSON parse error"),
+    "later scalar.jsonl": (LINE + "5\n", "cannot be read"),
     "text.json": ('"abc"', "begins with .*, which is no row"),
     "number.json": ("5", "begins with '5', which is no row"),
     "page.jsonl": ("<html>", "begins with '<html>', which is no row"),

@@ -67,7 +67,7 @@ CONFIG = {
     "no JSON": (write("config.json", b"{"), "not a valid JSON file"),
     "empty": (write("config.json", b""), "not a valid JSON file"),
     "no text": (write("config.json", b"\xff\xfe\x00"), "not a valid JSON file"),
-    "a list": (write("config.json", b"[]"), "model_type"),
+    "a list": (write("config.json", b"[]"), "cannot be read"),
     "null": (write("config.json", b"null"), "TypeError"),
     "no model_type": (settings("config.json", "model_type"), "model_type"),
     "unknown model_type": (settings("config.json", model_type="foo"), "model type `foo`"),
@@ -124,7 +124,7 @@ TOKENIZER = {
         "holds none of the vocabulary files",
     ),
     "configuration: no JSON": (write("tokenizer_config.json", b"{"), "JSONDecodeError"),
-    "configuration: a list": (write("tokenizer_config.json", b"[]"), "AttributeError"),
+    "configuration: a list": (write("tokenizer_config.json", b"[]"), "cannot be read"),
     "configuration: class": (settings("tokenizer_config.json", tokenizer_class=3), "AttributeError"),
     "configuration: EOS": (settings("tokenizer_config.json", eos_token=3), "eos_token has to be"),
 }

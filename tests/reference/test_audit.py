@@ -169,15 +169,13 @@ def test_rows_of_others_are_audited_once_and_rows_of_this_process_never(tmp_path
 
 def test_a_row_that_another_process_has_added_meanwhile_is_audited(tmp_path):
     """Of equal keys the alphabetically first part is served, whoever computed the row first."""
-    dataset, keys = rows(20), keys_of(rows(20))
-    run = Run()
-    audit = audit_of(tmp_path, run)
-    audit.of_dataset(dataset, keys)
-    assert run.tokens == 0
-    for number in range(20):  # parts with other names, until one precedes
+    for seed in range(20):  # until the other process's part precedes
+        dataset, keys, run = rows(20, seed), keys_of(rows(20, seed)), Run()
+        audit = audit_of(tmp_path / str(seed), run)
+        audit.of_dataset(dataset, keys)
+        assert run.tokens == 0
         audit._store.add(keys.values, [np.full(1, LOGP, np.float32)] * 40)
-        extra = rows(1, seed=100 + number)
-        fill(tmp_path, concatenate_datasets([dataset, extra]), np.ones(42))
+        fill(tmp_path / str(seed), dataset, np.ones(40))
         audit._store.save()
         if any(part not in audit._store.own_parts for part in audit._store.parts_of(keys.values)):
             break

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging import version
 from torch.optim import AdamW
 
 from dpo_fast.config import DPOConfig
@@ -93,7 +95,8 @@ def test_every_option_is_known_to_alter_the_result_or_not():
     names = {option.name for option in dataclasses.fields(DPOConfig)}
     assert not HARMLESS & ALTERING
     assert not names - HARMLESS - ALTERING, "does it alter the weights that come out?"
-    assert not (HARMLESS | ALTERING) - names - {"logging_dir"}
+    if version.parse(transformers.__version__) >= version.parse("5.23"):  # earlier releases lack some
+        assert not (HARMLESS | ALTERING) - names - {"logging_dir"}
     assert ALTERING | set(OWN) >= RESTORED
 
 
