@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import pytest
+
 CAPABILITIES = (80, 90, 100)
+# For tests of seconds a chip: the quick run takes one of them.
+ONE_CHIP = [90, *(pytest.param(capability, marks=pytest.mark.slow) for capability in (80, 100))]
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # Release of Triton → kernel and capability → bytes spilled and registers used beyond the bound, as compiled there.
 WORSE_THAN_LOCKED = {

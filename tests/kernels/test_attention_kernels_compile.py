@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which this platform lacks")
 
-from compiling import CAPABILITIES, Case, assert_within_limits, compile_all
+from compiling import CAPABILITIES, ONE_CHIP, Case, assert_within_limits, compile_all
 from dpo_fast_kernels.attention import triton_configs as configs
 
 # Kernel → its table with or without a window and a softcap, what has the inputs' dtype, and whose strides it takes.
@@ -59,7 +59,10 @@ def assert_all(cases: list[Case], capability: int) -> None:
             assert resources.shared <= SMALL_CHIP, f"{case.kernel} takes {resources.shared} bytes of shared memory"
 
 
-@pytest.mark.parametrize(("capability", "head_dims"), [(80, (128,)), (90, (64, 128)), (100, (128,))])
+@pytest.mark.parametrize(
+    ("capability", "head_dims"),
+    [(90, (64, 128)), *(pytest.param(chip, (128,), marks=pytest.mark.slow) for chip in (80, 100))],
+)
 def test_common_configurations_compile_within_limits(capability, head_dims):
     assert_all(
         [case(kernel, "bf16", head_dim, False, False, capability) for kernel in KERNELS for head_dim in head_dims],
@@ -79,7 +82,7 @@ TIGHT = {
 }
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", ONE_CHIP)
 def test_the_tightest_configurations_compile_within_limits(capability):
     assert_all([case(*tight, capability) for tight in TIGHT[capability]], capability)
 

@@ -155,7 +155,8 @@ def far_views(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("part", "count"), [("shapes", 30), ("options", 24), ("heads", 18), ("fuzz", 40), ("memory", 4)]
+    ("part", "count"),
+    [("shapes", 30), ("options", 24), ("heads", 18), pytest.param("fuzz", 40, marks=pytest.mark.slow), ("memory", 4)],
 )
 def test_kernels_interpreted(part, count):
     flags = ("-W", "error::RuntimeWarning")

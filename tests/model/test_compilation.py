@@ -19,7 +19,16 @@ def options(**more) -> dict:
     return {"max_steps": 6, "per_device_train_batch_size": 2, "eval_dataset": pairs(6, seed=3), **more}
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"layout": "padded"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in ({"gradient_checkpointing": True}, {"layout": "padded"})
+        ),
+    ],
+)
 def test_a_compiled_run_takes_the_same_steps(tmp_path, more):
     eager = make_trainer(tmp_path / "eager", pairs(12), **options(**more))
     expected = trained(eager)

@@ -80,7 +80,7 @@ def compiled(backend: str):
     return change
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])])
 def test_compiled_layers_err_as_plain_ones_do(kind):
     check("llama", compiled("aot_eager"), **kind)
 

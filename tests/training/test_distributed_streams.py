@@ -95,6 +95,7 @@ def check(tmp_path: Path, ranks: int, names: list[str], engine: str = "ddp") -> 
         assert len(counts) == ranks and sum(counts) == OF_STREAM and min(counts) > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_a_stream_what_one_process_trains(tmp_path):
     check(tmp_path, 2, QUICK)
 
