@@ -292,7 +292,8 @@ def on_a_rank(rank: int, world: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks_find_what_the_whole_head_finds(world, tmp_path):
     torch.multiprocessing.spawn(on_a_rank, (world, str(tmp_path / "rendezvous")), nprocs=world)
 

@@ -173,6 +173,7 @@ def start(ranks: int, folder: Path, rows: int) -> None:
     assert run.stdout.count("has its share") == ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_pass_and_one_finds_it_done(tmp_path):
     start(2, tmp_path, rows=80)
     assert computed(tmp_path, pairs(40, seed=4)) == 0

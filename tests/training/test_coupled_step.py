@@ -71,6 +71,7 @@ def on_two_ranks() -> None:
     torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them at work
 
 
+@pytest.mark.slow
 def test_two_ranks_with_unequal_shares_agree_with_one():
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(

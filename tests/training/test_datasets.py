@@ -125,7 +125,10 @@ def test_what_became_of_the_rows_is_said_once(tmp_path, caplog):
     ("rows", "stream", "words"),
     [
         (LONG, False, "cut to max_length"),
-        (pairs(4).rename_column("prompt", "question"), True, "column 'question' is read as 'prompt'"),
+        pytest.param(
+            *(pairs(4).rename_column("prompt", "question"), True, "column 'question' is read as 'prompt'"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["cut", "mapped"],
 )

@@ -386,6 +386,7 @@ def test_a_piped_command_prints_pairs_and_no_warnings(command):
     assert not re.search(r"(?:^|[\r\n]) *\d+%\|", done.stderr), "the bar of a trainer has no name"
 
 
+@pytest.mark.slow
 def test_a_command_on_a_terminal_draws_one_table(command):
     parent, child = pty.openpty()
     process = subprocess.Popen(**command, stdin=child, stdout=child, stderr=child)
