@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
     from dpo_fast.data.loading import load_preference_dataset
     from dpo_fast.data.prepare import prepare_dataset
+    from dpo_fast.errors import InputError, TrainingDiverged
     from dpo_fast.integrations.liger import FusedLinearDPOLoss
     from dpo_fast.integrations.trl import patch_trl, unpatch_trl
     from dpo_fast.losses import LOSSES, Comparisons, LossParameters, dpo_loss, preference_loss
@@ -35,6 +36,7 @@ _MODULES = {
     "config": ("DPOConfig",),
     "data.loading": ("load_preference_dataset",),
     "data.prepare": ("prepare_dataset",),
+    "errors": ("InputError", "TrainingDiverged"),
     "integrations.liger": ("FusedLinearDPOLoss",),
     "integrations.trl": ("patch_trl", "unpatch_trl"),
     "losses": ("LOSSES", "Comparisons", "LossParameters", "dpo_loss", "preference_loss"),
@@ -56,6 +58,7 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "FusedLinearDPOLoss",
+    "InputError",
     "LossParameters",
     "Objective",
     "PackedBatch",
@@ -63,6 +66,7 @@ __all__ = [
     "PreferenceGroup",
     "Reference",
     "SequenceLoss",
+    "TrainingDiverged",
     "add_dpo_forward",
     "disable_dropout",
     "dpo_loss",

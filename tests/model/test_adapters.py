@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from packaging import version
 from transformers import set_seed
 
 from dpo_fast.batches.groups import PreferenceGroup
@@ -62,6 +63,7 @@ TUNERS = {
     "VERA": {},
     "WAVEFT": {"n_frequency": 50},
 }
+OLD_PEFT = version.parse(peft.__version__) < version.parse("0.20")
 INITIALISATIONS = (True, False, "gaussian", "eva", "olora", "pissa", "pissa_niter_4", "orthogonal", "mica")
 OPTIONS = {
     "bias": {"bias": "all"},
@@ -167,7 +169,7 @@ def stored(folder) -> set[str]:
     [
         pytest.param(case, marks=pytest.mark.slow if case in TUNERS and case not in QUICK else ())
         for case in CASES
-        if case not in REFUSED
+        if case not in REFUSED and not (OLD_PEFT and case in ("SHADOW", "LoRA, mica"))
     ],
 )
 def test_steps_and_references_are_those_of_a_plain_loop(tmp_path, case):
@@ -263,6 +265,8 @@ def test_a_deep_copy_runs_its_own_weights(options):
 def test_a_trained_adapter_says_the_same_after_saving(tmp_path, options):
     options = dict(OPTIONS[options])
     tied = options.pop("tied", False)
+    if OLD_PEFT and options.get("bias") == "lora_only":
+        pytest.skip("this PEFT does not save the biases of layers")
     if options.get("init_lora_weights") == "pissa":
         pytest.skip("PEFT saves what is left to the base: its own guide asks for a conversion")
     trainer = make_trainer(tmp_path, pairs(4), model=given_model(tied), peft_config=lora(**options), **STEPS)

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import transformers
+from packaging import version
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from causal_lms import BUILDABLE, causal_lm
@@ -26,6 +27,9 @@ from preferences import logged, make_trainer, pairs
 
 # They look at later tokens, are random without a rate that could be set, or treat a row by its length.
 REFUSED = {"big_bird", "cpmant", "doge", "prophetnet", "reformer", "xlm", "xlnet"}
+OLD = version.parse(transformers.__version__) < version.parse("5.23")
+if OLD:  # there these look at later tokens unless is_decoder says otherwise
+    REFUSED |= {"megatron-bert", "moshi", "rembert", "roformer"}
 
 
 def groups(generator: torch.Generator) -> list[PreferenceGroup]:
@@ -224,7 +228,7 @@ def test_late_weights_that_disagree_are_refused(monkeypatch):
 
 
 def test_a_model_is_left_as_it_was():
-    model = causal_lm("gemma2").train()
+    model = causal_lm("llama" if OLD else "gemma2").train()  # whose padded rows differ from lone ones there
     model.model.layers[1].eval()
     model.gradient_checkpointing_enable()
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
