@@ -28,10 +28,10 @@ from repository import ROOT
 
 NAMES = {
     "dpo_fast": """
-        LOSSES Comparisons DPOCollator DPOConfig DPOTrainer FusedLinearDPOLoss InputError LossParameters Objective PackedBatch
-        PackedOutput PreferenceGroup Reference SequenceLoss TrainingDiverged __version__ add_dpo_forward disable_dropout dpo_loss
-        implicit_rewards load_preference_dataset pack patch_trl preference_loss prepare_dataset unpatch_trl
-        use_shared_prefix
+        LOSSES Comparisons DPOCollator DPOConfig DPOTrainer FusedLinearDPOLoss InputError LossParameters Objective
+        PackedBatch PackedOutput PreferenceGroup Reference SequenceLoss TrainingDiverged __version__ add_dpo_forward
+        disable_dropout dpo_loss implicit_rewards load_preference_dataset pack patch_trl preference_loss
+        prepare_dataset unpatch_trl use_shared_prefix
     """,
     "dpo_fast_kernels": """
         GatherPlan LogitTransform PreferenceLoss PrefixLayout RowLogps ScoreLayout SequenceLoss VocabularyShards
