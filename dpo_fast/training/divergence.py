@@ -110,7 +110,8 @@ class FiniteTrainer(Trainer):
         Raises:
             TrainingDiverged: the weights are not finite; nothing is written.
         """
-        if not weights_are_finite(self.model, self.accelerator):
+        known = self._watch is not None and self._watch.sound == self.state.global_step  # as in a checkpoint
+        if not known and not weights_are_finite(self.model, self.accelerator):
             raise self._diverged("weights", self.state.global_step)
         super().save_model(output_dir, _internal_call)
 

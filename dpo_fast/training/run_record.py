@@ -7,7 +7,6 @@ step has, they may differ: gradients do not depend on how a step is cut.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.config.types import nearest
 from dpo_fast.data.columns import COLUMNS, WINDOW
 from dpo_fast.errors import InputError
 
@@ -108,8 +108,11 @@ def check_names(accepted: list[str]) -> None:
     names = [option.name for option in fields(DPOConfig)] + list(OWN)
     for name in accepted:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1) or [", ".join(OWN)]
-            raise InputError(f"resume_changed has {name!r}, which is no option; did you mean {close[0]}?")
+            near = (
+                nearest(str(name), names, "did you mean {}?").replace("'", "")
+                or f"take an option's name or one of {', '.join(OWN)}"
+            )
+            raise InputError(f"resume_changed has {name!r}, which is no option; {near}")
 
 
 def record_of(trainer: Trainer, origin: Record) -> Record:
