@@ -288,6 +288,7 @@ def test_adopted_parts_are_named_and_lose_nothing(half_old, caplog):
     store.adopt(old[:1])
     assert len(store.unnamed_parts) == 1 and store.are_unnamed(rows(*range(COUNT))[0]).sum() == 10
     store.adopt(store.unnamed_parts)
+    assert not caplog.messages, "nobody is told that parts are gone, for none is lost"
     for one in (store, beside, ReferenceStore(half_old.parent, DESCRIPTION)):
         assert len(one.token_logps(rows(*range(COUNT // 2))[0])) == COUNT // 2, "also where it was open before"
         assert_serves(one, COUNT // 2)

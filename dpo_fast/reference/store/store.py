@@ -454,6 +454,9 @@ class ReferenceStore:
         self._read_again()
 
     def _read_again(self) -> None:
+        if self._index is not None:  # it covers parts that this process has taken away
+            with suppress(*UNWRITABLE):
+                self._files.remove(self._index.name)
         self._start_from(None)
         self._update_index(*self._new_rows())
 
